@@ -1,0 +1,69 @@
+"""The KV cache of one sequence, and attention over it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import kernels
+from ..errors import UsageError
+from ..types import F32, ModelConfig
+
+
+class KVCache:
+    """Keys and values of one sequence: float32 [layers, 2, kv_heads, capacity, head_dim].
+
+    Pages are touched as positions fill, so a long context costs memory only once it is used.
+    """
+
+    def __init__(self, config: ModelConfig, capacity: int) -> None:
+        if capacity < 1:
+            raise UsageError(f"context size must be at least 1, got {capacity}")
+        self._data = np.zeros(
+            (
+                config.num_hidden_layers,
+                2,
+                config.num_key_value_heads,
+                capacity,
+                config.head_dim,
+            ),
+            np.float32,
+        )
+        self._scale = config.head_dim**-0.5
+        self._window = config.sliding_window
+        self.capacity = capacity
+        self.length = 0
+
+    def attend(self, pool: kernels.Pool, layer: int, q: F32, k: F32, v: F32) -> F32:
+        """Store k, v of the tokens that follow `length` and attend from q.
+
+        q: float32 [n, heads, d]; k, v: float32 [n, kv_heads, d]. Returns float32 [n, heads, d].
+        `length` itself moves with `advance`, once all layers have stored theirs.
+        """
+        keys, values = self._data[layer]
+        stop = self.length + q.shape[0]
+        keys[:, self.length : stop] = k.transpose(1, 0, 2)
+        values[:, self.length : stop] = v.transpose(1, 0, 2)
+        return kernels.attention(pool, q, keys, values, self.length, self._scale, self._window)
+
+    def advance(self, n: int) -> None:
+        """The n tokens just attended from are now part of the sequence."""
+        self.length += n
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from `length` on."""
+        if not 0 <= length <= self.length:
+            raise UsageError(f"cannot truncate a cache of {self.length} tokens to {length}")
+        self.length = length
+
+
+def rope_tables(config: ModelConfig, positions: np.ndarray) -> tuple[F32, F32]:
+    """cos, sin float32 [n, head_dim / 2] of position * theta^(-2i / head_dim).
+
+    Frequencies and angles are rounded to float32 as in the models' training code, so that long
+    contexts turn by the same angles there and here.
+    """
+    half = config.head_dim // 2
+    exponent = np.arange(half, dtype=np.float32) * np.float32(2.0 / config.head_dim)
+    frequency = (1.0 / config.rope_theta ** exponent.astype(np.float64)).astype(np.float32)
+    angle = (positions.astype(np.float32)[:, None] * frequency).astype(np.float64)
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)

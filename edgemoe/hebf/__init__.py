@@ -1,0 +1,1 @@
+"""Hotness and the order of work: pure functions of demands; no disk, no CPU features."""

@@ -1,0 +1,306 @@
+"""The only importer of the native module: checks arrays, then calls kernels.
+
+Every function takes C-contiguous arrays of exactly the stated dtype and shape; anything else raises
+KernelError, and nothing is ever copied or converted. Reduction orders are fixed (native/edgemoe.h):
+outputs are the same bits for any thread count, batch and instruction set.
+
+EDGEMOE_ISA=scalar|avx2 forces an instruction set; the default is the best this machine has.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _native
+from .errors import KernelError, UsageError
+from .layout import UNIT, MatrixLayout, RecordLayout
+from .types import F32, I8, I32, I64, U8, U64
+
+Pool = _native.Pool
+MAX_THREADS = 1024
+
+
+def _check(what: str, array: NDArray[Any], dtype: type, *shape: int | None) -> None:
+    if not isinstance(array, np.ndarray):
+        raise KernelError(f"{what}: expected a numpy array, got {type(array).__name__}")
+    if array.dtype != dtype:
+        raise KernelError(f"{what}: expected dtype {np.dtype(dtype)}, got {array.dtype}")
+    if array.ndim != len(shape) or any(
+        want is not None and got != want for got, want in zip(array.shape, shape, strict=True)
+    ):
+        wanted = tuple("any" if s is None else s for s in shape)
+        raise KernelError(f"{what}: expected shape {wanted}, got {array.shape}")
+    if not array.flags.c_contiguous:
+        raise KernelError(f"{what}: expected a C-contiguous array, got strides {array.strides}")
+
+
+def isa_names() -> list[str]:
+    """Instruction sets this build and machine can run, best first."""
+    return _native.isa_names()
+
+
+def isa() -> str:
+    """Name of the instruction set in use."""
+    return _native.isa()
+
+
+def set_isa(name: str) -> None:
+    """Use the named instruction set from now on, in the whole process."""
+    if not _native.set_isa(name):
+        raise UsageError(
+            f"EDGEMOE_ISA={name}: not available here; this machine has {', '.join(isa_names())}"
+        )
+
+
+if os.environ.get("EDGEMOE_ISA"):
+    set_isa(os.environ["EDGEMOE_ISA"])
+
+
+def new_pool(threads: int) -> Pool:
+    """A pool of `threads` workers, the calling thread included."""
+    if not 1 <= threads <= MAX_THREADS:
+        raise UsageError(f"threads must be between 1 and {MAX_THREADS}, got {threads}")
+    return _native.Pool(threads)
+
+
+def crc32c(data: NDArray[np.uint8], seed: int = 0) -> int:
+    """CRC-32C of a uint8 array; `seed` is the CRC of the bytes before it."""
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or not data.flags.c_contiguous:
+        raise KernelError("crc32c: expected a C-contiguous uint8 array")
+    return _native.crc32c(data, seed)
+
+
+def _addresses(layout: RecordLayout, segments: Sequence[U8]) -> U64:
+    levels = len(layout.quant.levels)
+    out = np.zeros(levels, np.uint64)
+    for i, segment in enumerate(segments):
+        _check(f"segment {i}", segment, np.uint8, layout.segment_sizes[i])
+        out[i] = segment.ctypes.data
+    return out
+
+
+def _group_units(layout: RecordLayout) -> int:
+    return layout.quant.group_size // UNIT
+
+
+@dataclass(frozen=True)
+class NestedMatrix:
+    """One matrix of a record read at one level, with the memory it points into.
+
+    segments: uint8 arrays, one a segment from the first to that of the level.
+    """
+
+    layout: MatrixLayout
+    native: _native.Matrix
+    segments: tuple[U8, ...]
+
+    @classmethod
+    def of(cls, layout: RecordLayout, segments: Sequence[U8], index: int = 0) -> NestedMatrix:
+        """Matrix `index` of a record whose first len(segments) segments are given."""
+        if not 1 <= len(segments) <= len(layout.quant.levels):
+            raise KernelError(f"expected 1 to {len(layout.quant.levels)} segments")
+        mat = layout.matrices[index]
+        native = _native.matrix(
+            _addresses(layout, segments),
+            layout.part_offsets,
+            index,
+            len(segments) - 1,
+            mat.rows,
+            mat.cols,
+            _group_units(layout),
+        )
+        return cls(mat, native, tuple(segments))
+
+
+def linear(pool: Pool, x: F32, matrices: Sequence[NestedMatrix]) -> list[F32]:
+    """y_m = x @ w_m.T for matrices that share their input, which is quantized once.
+
+    x: float32 [n, cols]. Returns float32 [n, rows_m] each. Activations are rounded to int8 with one
+    scale for every 32 columns.
+    """
+    for m in matrices:
+        _check("x", x, np.float32, None, m.layout.cols)
+    out = [np.empty((x.shape[0], m.layout.rows), np.float32) for m in matrices]
+    _native.linear(pool, x, [m.native for m in matrices], out)
+    return out
+
+
+def accumulate(pool: Pool, x: F32, matrix: NestedMatrix) -> tuple[I8, F32, I32]:
+    """The integer half of `linear`, for tests.
+
+    Returns (q int8 [n, units * 32], scale float32 [n, units], dots int32 [n, padded rows, units]).
+    """
+    mat = matrix.layout
+    _check("x", x, np.float32, None, mat.cols)
+    n = x.shape[0]
+    q = np.empty((n, mat.units * UNIT), np.int8)
+    scale = np.empty((n, mat.units), np.float32)
+    dots = np.empty((n, mat.row_blocks * 8, mat.units), np.int32)
+    _native.accumulate(pool, x, matrix.native, q, scale, dots)
+    return q, scale, dots
+
+
+def linear_f32(pool: Pool, x: F32, w: F32) -> F32:
+    """x [n, cols] @ w [rows, cols].T in float32 -> [n, rows]."""
+    _check("w", w, np.float32, None, None)
+    _check("x", x, np.float32, None, w.shape[1])
+    y = np.empty((x.shape[0], w.shape[0]), np.float32)
+    _native.linear_f32(pool, x, w, y)
+    return y
+
+
+def decode_rows(matrix: NestedMatrix, ids: I64) -> F32:
+    """Rows `ids` (int64 [n]) of a nested matrix, decoded -> float32 [n, cols]."""
+    _check("ids", ids, np.int64, None)
+    if ids.size and not (0 <= int(ids.min()) and int(ids.max()) < matrix.layout.rows):
+        raise KernelError(f"ids: expected values in [0, {matrix.layout.rows})")
+    out = np.empty((ids.shape[0], matrix.layout.cols), np.float32)
+    _native.decode_rows(matrix.native, ids, out)
+    return out
+
+
+def rmsnorm(pool: Pool, x: F32, w: F32, eps: float) -> F32:
+    """x / sqrt(mean(x^2) + eps) * w over the last axis; x float32 [n, d], w float32 [d]."""
+    _check("w", w, np.float32, None)
+    _check("x", x, np.float32, None, w.shape[0])
+    y = np.empty_like(x)
+    _native.rmsnorm(pool, x, w, eps, y)
+    return y
+
+
+def rope(pool: Pool, x: F32, cos: F32, sin: F32) -> None:
+    """Rotate halves of every head in place; x [n, heads, d], cos and sin [n, d / 2]."""
+    _check("x", x, np.float32, None, None, None)
+    if x.shape[2] % 2:
+        raise KernelError(f"x: head_dim must be even, got {x.shape[2]}")
+    _check("cos", cos, np.float32, x.shape[0], x.shape[2] // 2)
+    _check("sin", sin, np.float32, x.shape[0], x.shape[2] // 2)
+    _native.rope(pool, x, cos, sin)
+
+
+def route(logits: F32, k: int, normalize: bool) -> tuple[I32, F32]:
+    """Softmax over experts, then the k largest in falling order (ties: the lower index).
+
+    logits: float32 [n, experts]. Returns (ids int32 [n, k], weights float32 [n, k]); `normalize`
+    makes each row of weights sum to 1.
+    """
+    _check("logits", logits, np.float32, None, None)
+    n, experts = logits.shape
+    if not 1 <= k <= experts:
+        raise KernelError(f"k: expected 1 to {experts}, got {k}")
+    ids = np.empty((n, k), np.int32)
+    weights = np.empty((n, k), np.float32)
+    _native.route(logits, normalize, ids, weights)
+    return ids, weights
+
+
+def experts(
+    pool: Pool,
+    layout: RecordLayout,
+    x: F32,
+    segments: U64,
+    levels: I32,
+    first_pair: I32,
+    pair_token: I32,
+) -> F32:
+    """down(silu(gate x) * (up x)) for every (expert at a level, token) pair, in one native call.
+
+    x: float32 [n, hidden]. Job j is one expert at level index levels[j] (int32 [jobs]), whose
+    segments lie at the addresses segments[j] (uint64 [jobs, levels], those above its level unused)
+    and which serves pairs first_pair[j] .. first_pair[j + 1] (int32 [jobs + 1]); pair i reads row
+    pair_token[i] of x (int32 [pairs]). Returns float32 [pairs, hidden].
+
+    The addresses must stay valid and whole for the call: the caller pins them.
+    """
+    hidden = layout.matrices[0].cols
+    jobs, pairs = levels.shape[0], pair_token.shape[0]
+    depth = len(layout.quant.levels)
+    _check("x", x, np.float32, None, hidden)
+    _check("levels", levels, np.int32, None)
+    _check("segments", segments, np.uint64, jobs, depth)
+    _check("first_pair", first_pair, np.int32, jobs + 1)
+    _check("pair_token", pair_token, np.int32, None)
+    if jobs:
+        if not (0 <= int(levels.min()) and int(levels.max()) < depth):
+            raise KernelError(f"levels: expected indices in [0, {depth})")
+        if first_pair[0] != 0 or first_pair[-1] != pairs or (np.diff(first_pair) < 1).any():
+            raise KernelError("first_pair: expected a rising partition of the pairs")
+        if not (0 <= int(pair_token.min()) and int(pair_token.max()) < x.shape[0]):
+            raise KernelError(f"pair_token: expected rows in [0, {x.shape[0]})")
+        if (segments[np.arange(depth)[None, :] <= levels[:, None]] == 0).any():
+            raise KernelError("segments: a segment at or below a job's level has no address")
+    out = np.empty((pairs, hidden), np.float32)
+    _native.experts(
+        pool,
+        x,
+        segments,
+        layout.part_offsets,
+        levels,
+        first_pair,
+        pair_token,
+        layout.matrices[0].rows,
+        _group_units(layout),
+        out,
+    )
+    return out
+
+
+def combine(pool: Pool, pair_out: F32, position: I32, weights: F32) -> F32:
+    """Weighted sum over slots in ascending order: float32 [n, hidden].
+
+    pair_out: float32 [pairs, hidden]; position: int32 [n, k], the pair of (token, slot);
+    weights: float32 [n, k].
+    """
+    _check("pair_out", pair_out, np.float32, None, None)
+    _check("position", position, np.int32, None, None)
+    _check("weights", weights, np.float32, *position.shape)
+    if position.size and not (
+        0 <= int(position.min()) and int(position.max()) < pair_out.shape[0]
+    ):
+        raise KernelError(f"position: expected pairs in [0, {pair_out.shape[0]})")
+    y = np.empty((position.shape[0], pair_out.shape[1]), np.float32)
+    _native.combine(pool, pair_out, position, weights, y)
+    return y
+
+
+def attention(
+    pool: Pool, q: F32, k: F32, v: F32, start: int, scale: float, window: int | None = None
+) -> F32:
+    """Causal softmax(q k^T * scale) v of new tokens at positions start, start + 1, ...
+
+    q: float32 [n, heads, d]; k, v: float32 [kv_heads, capacity, d], holding positions
+    0 .. start + n - 1; each position sees itself and the `window - 1` before it (None: all).
+    Returns float32 [n, heads, d].
+    """
+    _check("q", q, np.float32, None, None, None)
+    n, heads, d = q.shape
+    _check("k", k, np.float32, None, None, d)
+    _check("v", v, np.float32, *k.shape)
+    if k.shape[0] == 0 or heads % k.shape[0]:
+        raise KernelError(f"k: {k.shape[0]} KV heads do not divide {heads} heads")
+    if start < 0 or start + n > k.shape[1]:
+        raise KernelError(f"start: positions {start}..{start + n} exceed capacity {k.shape[1]}")
+    if window is not None and window < 1:
+        raise KernelError(f"window: expected at least 1, got {window}")
+    out = np.empty_like(q)
+    _native.attention(pool, q, k, v, start, window or 0, scale, out)
+    return out
+
+
+def scratch_bytes(
+    layout: RecordLayout, dense: Sequence[RecordLayout], threads: int, n: int, k: int, ctx: int
+) -> int:
+    """Pool scratch that a forward pass of n tokens, k experts each, context ctx needs at most."""
+    gate = layout.matrices[0]
+    units = _group_units(layout)
+    return max(
+        _native.experts_scratch(threads, n, n * k, gate.cols, gate.rows, units),
+        _native.attention_scratch(threads, ctx),
+        *(_native.linear_scratch(n, d.matrices[0].cols, units) for d in dense),
+    )

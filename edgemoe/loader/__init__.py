@@ -1,0 +1,1 @@
+"""From the store's file into budgeted memory."""

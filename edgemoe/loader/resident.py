@@ -1,0 +1,86 @@
+"""Everything resident: dense linears and experts read once, at one level each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..layout import RecordLayout, align_up
+from ..store import Store
+from ..types import I32, U8, U64
+from .arena import Arena
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes read, bytes in all)."""
+
+
+def dense_bytes(store: Store, level_index: int) -> int:
+    """Arena bytes of all nested dense tensors at a level."""
+    return sum(
+        align_up(ref.size, 64)
+        for name, entry in store.tensors.items()
+        if entry.kind == "nested"
+        for ref in store.tensor_segments(name)[: level_index + 1]
+    )
+
+
+def float_bytes(store: Store) -> int:
+    """Bytes of all float32 tensors."""
+    return sum(
+        ref.size
+        for name, entry in store.tensors.items()
+        if entry.kind == "f32"
+        for ref in store.tensor_segments(name)
+    )
+
+
+def expert_bytes(layout: RecordLayout, level_index: int) -> int:
+    """Arena bytes of one expert at a level."""
+    return sum(align_up(size, 64) for size in layout.segment_sizes[: level_index + 1])
+
+
+class ResidentExperts:
+    """All experts of a model at one level, and the address of each of their segments."""
+
+    def __init__(
+        self, store: Store, arena: Arena, level_index: int, progress: Progress | None = None
+    ) -> None:
+        self.layout = store.expert_layout
+        self.level_index = level_index
+        config = store.config
+        depth = len(self.layout.quant.levels)
+        self._address: dict[int, U64] = {}
+        self._arena = arena
+        total = (
+            len(config.moe_layers)
+            * config.num_experts
+            * sum(self.layout.segment_sizes[: level_index + 1])
+        )
+        done = 0
+        for layer in config.moe_layers:
+            table = np.zeros((config.num_experts, depth), np.uint64)
+            for expert in range(config.num_experts):
+                for i in range(level_index + 1):
+                    ref = store.expert_segment(layer, expert, i)
+                    slot = arena.take(ref.size)
+                    store.read_into(ref, slot)
+                    table[expert, i] = slot.ctypes.data
+                    done += ref.size
+            self._address[layer] = table
+            if progress is not None:
+                progress(done, total)
+
+    def addresses(self, layer: int, experts: I32) -> U64:
+        """uint64 [len(experts), levels]: where each segment of these experts lies, 0 if absent."""
+        return self._address[layer][experts]
+
+
+def read_dense(store: Store, arena: Arena, name: str, level_index: int) -> list[U8]:
+    """Segments 0 .. level_index of a nested dense tensor, read into the arena."""
+    out = []
+    for ref in store.tensor_segments(name)[: level_index + 1]:
+        slot = arena.take(ref.size)
+        store.read_into(ref, slot)
+        out.append(slot)
+    return out

@@ -1,0 +1,53 @@
+"""The serial loop: order the demands of a layer, compute them, sum them up."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import kernels
+from ..hebf.order import hottest_first
+from ..loader.resident import ResidentExperts
+from ..types import F32, I32
+
+
+class SerialExperts:
+    """The mixture part of every layer, on experts that are all resident at one level.
+
+    Counts the levels it grants: `mean_bits` is the unweighted mean over all (token, slot) demands.
+    """
+
+    def __init__(self, pool: kernels.Pool, resident: ResidentExperts) -> None:
+        self._pool = pool
+        self._resident = resident
+        self._demands = 0
+
+    @property
+    def demands(self) -> int:
+        """(token, slot) pairs served so far."""
+        return self._demands
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits used / demands; every demand gets the resident level here."""
+        return float(self._resident.layout.quant.levels[self._resident.level_index])
+
+    def __call__(self, layer: int, x: F32, ids: I32, weights: F32) -> F32:
+        """Sum over slots of weight * expert(x).
+
+        x: float32 [n, hidden]; ids, weights: [n, k]. Returns float32 [n, hidden].
+        """
+        n, k = ids.shape
+        want = hottest_first(ids, np.full((n, k), self._resident.level_index, np.int32))
+        pair_out = kernels.experts(
+            self._pool,
+            self._resident.layout,
+            x,
+            self._resident.addresses(layer, want.expert),
+            want.level_index,
+            want.first_pair,
+            want.pair // np.int32(k),
+        )
+        position = np.empty(n * k, np.int32)
+        position[want.pair] = np.arange(n * k, dtype=np.int32)
+        self._demands += n * k
+        return kernels.combine(self._pool, pair_out, position.reshape(n, k), weights)

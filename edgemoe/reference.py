@@ -1,0 +1,156 @@
+"""A plain NumPy twin of every kernel: same signature as in kernels.py, float64 inside.
+
+Integer results equal the kernels' exactly; float results are what the kernels approximate. A
+nested matrix comes decoded into codes and scales, so that the twins know nothing of bit layouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .layout import UNIT
+from .types import F32, I8, I32, I64, U8
+
+F64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class CodedMatrix:
+    """codes uint8 [rows, cols] of one level; scale, offset float32 [rows, groups]."""
+
+    codes: U8
+    scale: F32
+    offset: F32
+    group_size: int
+
+    def decode(self) -> F64:
+        """Weights float64 [rows, cols]: scale * code + offset."""
+        cols = self.codes.shape[1]
+        spread = np.arange(cols) // self.group_size
+        return self.scale[:, spread].astype(np.float64) * self.codes + self.offset[:, spread]
+
+
+def quantize_activations(x: F32) -> tuple[I8, F32]:
+    """int8 codes [n, units * 32] and float32 scales [n, units] of x [n, cols].
+
+    scale = max|x| / 127 over 32 columns; code = x * (127 / max|x|) in float32, rounded to nearest,
+    ties to even.
+    """
+    n, cols = x.shape
+    units = -(-cols // UNIT)
+    padded = np.zeros((n, units * UNIT), np.float32)
+    padded[:, :cols] = x
+    blocks = padded.reshape(n, units, UNIT)
+    amax = np.abs(blocks).max(axis=2)
+    inverse = np.divide(np.float32(127), amax, out=np.zeros_like(amax), where=amax > 0)
+    q = np.rint(blocks * inverse[:, :, None]).astype(np.int8)
+    return q.reshape(n, -1), amax / np.float32(127)
+
+
+def accumulate(x: F32, matrix: CodedMatrix) -> tuple[I8, F32, I32]:
+    """Integer dots of every row with every unit of 32 columns: int32 [n, rows, units]."""
+    q, scale = quantize_activations(x)
+    rows, cols = matrix.codes.shape
+    units = scale.shape[1]
+    codes = np.zeros((rows, units * UNIT), np.int32)
+    codes[:, :cols] = matrix.codes
+    dots = np.einsum(
+        "nuc,ruc->nru", q.reshape(len(x), units, UNIT).astype(np.int32), codes.reshape(rows, units, UNIT)
+    )
+    return q, scale, dots.astype(np.int32)
+
+
+def linear(x: F32, matrix: CodedMatrix) -> F64:
+    """x @ w.T with activations rounded as the kernels round them: [n, rows]."""
+    q, scale = quantize_activations(x)
+    rounded = q.astype(np.float64) * np.repeat(scale.astype(np.float64), UNIT, axis=1)
+    return rounded[:, : matrix.codes.shape[1]] @ matrix.decode().T
+
+
+def linear_f32(x: F32, w: F32) -> F64:
+    """x @ w.T: [n, rows]."""
+    return x.astype(np.float64) @ w.astype(np.float64).T
+
+
+def decode_rows(matrix: CodedMatrix, ids: I64) -> F64:
+    """Rows of the decoded matrix: [n, cols]."""
+    return matrix.decode()[ids]
+
+
+def rmsnorm(x: F32, w: F32, eps: float) -> F64:
+    """x / sqrt(mean(x^2) + eps) * w: [n, d]."""
+    wide = x.astype(np.float64)
+    return wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + eps) * w
+
+
+def rope(x: F32, cos: F32, sin: F32) -> F64:
+    """x [n, heads, d] with the two halves of every head rotated against each other."""
+    half = x.shape[2] // 2
+    a, b = x[..., :half].astype(np.float64), x[..., half:].astype(np.float64)
+    c, s = cos[:, None, :], sin[:, None, :]
+    return np.concatenate([a * c - b * s, b * c + a * s], axis=-1)
+
+
+def softmax(z: NDArray[Any]) -> F64:
+    """Softmax over the last axis."""
+    e = np.exp(z.astype(np.float64) - z.max(axis=-1, keepdims=True))
+    return np.asarray(e / e.sum(axis=-1, keepdims=True))
+
+
+def silu(x: F64) -> F64:
+    """x * sigmoid(x)."""
+    return x / (1.0 + np.exp(-x))
+
+
+def route(logits: F32, k: int, normalize: bool) -> tuple[I32, F64]:
+    """(ids, weights) [n, k] of the k most likely experts in falling order, ties: lower index."""
+    ids = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
+    weights = np.take_along_axis(softmax(logits), ids, axis=-1)
+    if normalize:
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    return ids.astype(np.int32), weights
+
+
+def expert(x: F32, gate: CodedMatrix, up: CodedMatrix, down: CodedMatrix) -> F64:
+    """down(silu(gate x) * (up x)), the middle rounded to int8 as the kernels do: [n, hidden]."""
+    mid = silu(linear(x, gate)) * linear(x, up)
+    return linear(mid.astype(np.float32), down)
+
+
+def experts(
+    x: F32,
+    jobs: Sequence[tuple[CodedMatrix, CodedMatrix, CodedMatrix]],
+    first_pair: I32,
+    pair_token: I32,
+) -> F64:
+    """Expert outputs of every (expert, token) pair: [pairs, hidden]."""
+    out = np.empty((len(pair_token), x.shape[1]))
+    for j, (gate, up, down) in enumerate(jobs):
+        pairs = slice(first_pair[j], first_pair[j + 1])
+        out[pairs] = expert(x[pair_token[pairs]], gate, up, down)
+    return out
+
+
+def combine(pair_out: F32, position: I32, weights: F32) -> F64:
+    """Sum over slots of weight * pair output: [n, hidden]."""
+    return np.einsum("nk,nkh->nh", weights.astype(np.float64), pair_out[position])
+
+
+def attention(q: F32, k: F32, v: F32, start: int, scale: float, window: int | None = None) -> F64:
+    """Causal attention of n new tokens over the cache: [n, heads, d]."""
+    n, heads, _ = q.shape
+    out = np.empty(q.shape)
+    for i in range(n):
+        last = start + i
+        first = 0 if window is None else max(0, last - window + 1)
+        for h in range(heads):
+            g = h // (heads // k.shape[0])
+            keys, values = k[g, first : last + 1], v[g, first : last + 1]
+            p = softmax(keys.astype(np.float64) @ q[i, h].astype(np.float64) * scale)
+            out[i, h] = p @ values
+    return out

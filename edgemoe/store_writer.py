@@ -1,0 +1,253 @@
+"""Writing a store: experts, tensors and sections in, one finished file out (docs/FORMAT.md)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import OutputError, StoreError, UsageError
+from .kernels import crc32c
+from .layout import PART_ALIGN, RecordLayout, align_up, dense_layout
+from .store_file import AtomicFile, as_bytes, crc_of_file, reporting, write_exactly
+from .store_header import (
+    DATA_START,
+    Header,
+    SectionEntry,
+    Superblock,
+    TensorEntry,
+    make_entry,
+    tensor_shapes,
+)
+from .store_parse import (
+    check_complete,
+    check_config,
+    check_metadata,
+    check_quant,
+    check_section_name,
+    parse_header,
+)
+from .types import F32, U8, ModelConfig, QuantSpec
+
+
+class NestedWriter:
+    """One nested tensor written piece by piece; from StoreWriter.open_nested.
+
+    Attributes:
+        layout: the tensor's record; gives the offset of every part in its segment.
+    """
+
+    def __init__(self, owner: StoreWriter, entry: TensorEntry, layout: RecordLayout) -> None:
+        self.layout = layout
+        self._owner, self._entry = owner, entry
+        matrix = layout.matrices[0]
+        self._left = [  # what no part covers is padding, zero already
+            matrix.scale_bytes + matrix.plane_bytes(layout.added_bits(i))
+            for i in range(len(layout.segment_sizes))
+        ]
+
+    def write(self, level_index: int, offset: int, data: NDArray[np.uint8]) -> None:
+        """Write bytes of one segment at this offset in it; every byte once, in any order."""
+        flat = as_bytes(data)
+        if not 0 <= offset <= self.layout.segment_sizes[level_index] - flat.size:
+            raise UsageError(f"{self._entry.name}: {flat.size} bytes at {offset} leave the segment")
+        at = self._entry.offset + self.layout.segment_offsets[level_index] + offset
+        self._owner._put(flat, at)
+        self._left[level_index] -= flat.size
+
+    def close(self) -> None:
+        """Take the checksums. UsageError if bytes are missing."""
+        if any(self._left):
+            raise UsageError(f"{self._entry.name}: {self._left} bytes a segment were not written")
+        self._owner._close_nested(self._entry)
+
+
+class StoreWriter:
+    """Writes a new store; a context manager. Nothing is at `path` until `commit` returns.
+
+    Args:
+        path: the file to make; an existing one is replaced at commit.
+        config, quant: what is stored; decides every size and the set of tensors.
+        metadata: free strings for `inspect`.
+
+    Raises:
+        OutputError: the place is not writable or has no room; nothing is left behind. Every method
+            that writes raises it too.
+        StoreError: the format cannot hold this config or quant.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: ModelConfig,
+        quant: QuantSpec,
+        metadata: dict[str, str],
+    ) -> None:
+        check_config(config)
+        check_quant(quant)
+        self._shapes = tensor_shapes(config)
+        self._tensors: dict[str, TensorEntry] = {}
+        self._crcs: dict[str, list[int]] = {}
+        self._sections: dict[str, bytes] = {}
+        table = SectionEntry("crc_table", 0, 0, 0)
+        self._header = Header(
+            config, quant, DATA_START, {}, table, {}, (), check_metadata(metadata)
+        )
+        layout = self._header.expert_layout
+        self._ordinals = {layer: i for i, layer in enumerate(config.moe_layers)}
+        count = self._header.expert_count
+        self._expert_crcs = np.zeros((count, len(quant.levels)), "<u4")
+        self._expert_done = np.zeros(count, np.bool_)
+        self._end = align_up(DATA_START, layout.alignment) + count * layout.stride
+        everything = [make_entry(self._shapes, quant, name, 0) for name in self._shapes]
+        self._size = self._end + sum(align_up(t.size, t.alignment) for t in everything)
+        self._file = AtomicFile(path)
+        try:
+            self._check_room()
+        except BaseException:
+            self._file.discard()
+            raise
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.discard()
+
+    def _check_room(self) -> None:
+        with reporting(self._file.path):
+            disk = os.fstatvfs(self._file.fd)
+        free = disk.f_bavail * disk.f_frsize
+        if self._size > free:
+            raise OutputError(
+                f"cannot write {self._file.path}: it needs {self._size} bytes and the disk has "
+                f"{free} free: No space left on device; free {self._size - free} bytes or choose "
+                "another place"
+            )
+
+    def _put(self, data: U8, offset: int) -> None:
+        with reporting(self._file.path, self._size):
+            write_exactly(self._file.fd, memoryview(data), offset)
+
+    def _put_segments(
+        self, what: str, layout: RecordLayout, base: int, segments: Iterable[bytes | U8]
+    ) -> list[int]:
+        crcs: list[int] = []
+        for i, data in enumerate(segments):
+            flat = as_bytes(data)
+            if i >= len(layout.segment_sizes) or flat.size != layout.segment_sizes[i]:
+                raise UsageError(f"{what}: segment {i} of {flat.size} bytes does not fit its shape")
+            self._put(flat, base + layout.segment_offsets[i])
+            crcs.append(crc32c(flat))
+        if len(crcs) != len(layout.segment_sizes):
+            raise UsageError(f"{what}: {len(crcs)} segments instead of {len(layout.segment_sizes)}")
+        return crcs
+
+    def write_expert(
+        self, layer: int, expert: int, segments: Iterable[bytes | NDArray[np.uint8]]
+    ) -> None:
+        """Write one expert, segments in level order. Experts may come in any order."""
+        experts = self._header.config.num_experts
+        if layer not in self._ordinals or not 0 <= expert < experts:
+            raise UsageError(f"the model has no expert {expert} in layer {layer}")
+        index = self._ordinals[layer] * experts + expert
+        if self._expert_done[index]:
+            raise UsageError(f"expert {expert} of layer {layer} was written before")
+        layout = self._header.expert_layout
+        base = self._header.experts_offset + index * layout.stride
+        what = f"expert {expert} of layer {layer}"
+        self._expert_crcs[index] = self._put_segments(what, layout, base, segments)
+        self._expert_done[index] = True
+
+    def _claim(self, name: str, kind: str, shape: tuple[int, ...]) -> TensorEntry:
+        entry = make_entry(self._shapes, self._header.quant, name, 0)
+        if (entry.kind, entry.shape) != (kind, shape):
+            raise UsageError(
+                f"tensor {name} is {kind} of shape {shape}, must be {entry.kind} of {entry.shape}"
+            )
+        if name in self._tensors:
+            raise UsageError(f"tensor {name} was written before")
+        entry = replace(entry, offset=align_up(self._end, entry.alignment))
+        self._tensors[name] = entry
+        self._end = entry.offset + entry.size
+        return entry
+
+    def open_nested(self, name: str, shape: tuple[int, int]) -> NestedWriter:
+        """Begin a nested tensor [rows, cols] that is written in pieces; close it before commit."""
+        entry = self._claim(name, "nested", shape)
+        return NestedWriter(self, entry, dense_layout(*shape, self._header.quant))
+
+    def _close_nested(self, entry: TensorEntry) -> None:
+        with reporting(self._file.path):
+            self._crcs[entry.name] = [
+                crc_of_file(self._file.fd, offset, size, self._file.path)
+                for offset, size in entry.parts
+            ]
+
+    def write_nested(
+        self, name: str, shape: tuple[int, int], segments: Iterable[bytes | NDArray[np.uint8]]
+    ) -> None:
+        """Write one nested tensor [rows, cols], segments in level order."""
+        entry = self._claim(name, "nested", shape)
+        layout = dense_layout(*shape, self._header.quant)
+        self._crcs[name] = self._put_segments(name, layout, entry.offset, segments)
+
+    def write_f32(self, name: str, array: F32) -> None:
+        """Write one float32 tensor as it is."""
+        entry = self._claim(name, "f32", array.shape)
+        data = np.ascontiguousarray(array, "<f4").reshape(-1).view(np.uint8)
+        self._put(data, entry.offset)
+        self._crcs[name] = [crc32c(data)]
+
+    def add_section(self, name: str, data: bytes) -> None:
+        """Add a named section; written at commit, in the order of the calls."""
+        if check_section_name(name) in self._sections:
+            raise UsageError(f"section {name} was added before")
+        self._sections[name] = bytes(data)
+
+    def commit(self) -> None:
+        """Write tables and header, bring all to the disk, give the file its name.
+
+        Raises:
+            StoreError: experts or tensors are missing.
+        """
+        header = self._header
+        if not self._expert_done.all():
+            missing = int(np.argmin(self._expert_done))
+            layer = header.config.moe_layers[missing // header.config.num_experts]
+            raise StoreError(
+                f"cannot finish {self._file.path}: expert {missing % header.config.num_experts} of "
+                f"layer {layer} was not written"
+            )
+        check_complete(header.config, {k: v for k, v in self._tensors.items() if k in self._crcs})
+        dense = [crc for name in self._tensors for crc in self._crcs[name]]
+        table = np.concatenate([self._expert_crcs.reshape(-1), np.array(dense, "<u4")])
+        sections: dict[str, SectionEntry] = {}
+        table_at = self._append(table.tobytes())
+        for name, data in self._sections.items():
+            sections[name] = replace(self._append(data), name=name)
+        header = replace(
+            header, tensors=self._tensors, crc_table=table_at, sections=sections, dead=()
+        )
+        raw = header.encode()
+        at = self._append(raw)
+        superblock = Superblock(1, at.offset, at.size, at.crc32c, self._end)
+        parse_header(raw, superblock)  # what a reader would refuse is not given out
+        self._put(as_bytes(superblock.encode() * 2), 0)
+        with reporting(self._file.path, self._size):
+            self._file.commit()
+
+    def _append(self, data: bytes) -> SectionEntry:
+        offset = align_up(self._end, PART_ALIGN)
+        self._put(as_bytes(data), offset)
+        self._end = offset + len(data)
+        return SectionEntry("", offset, len(data), crc32c(as_bytes(data)))

@@ -1,0 +1,151 @@
+"""Frozen dataclasses that cross room borders. Imports nothing of edgemoe but its errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32: TypeAlias = NDArray[np.float32]
+I8: TypeAlias = NDArray[np.int8]
+I32: TypeAlias = NDArray[np.int32]
+I64: TypeAlias = NDArray[np.int64]
+U8: TypeAlias = NDArray[np.uint8]
+U64: TypeAlias = NDArray[np.uint64]
+
+LEVELS = (2, 3, 4, 6, 8)
+"""Bit-widths a store can be read at; each is a prefix of the next."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything the forward pass needs to know of a model; names as in Hugging Face configs.
+
+    `dense_layers` are the layers whose feed-forward part is one plain gated MLP of
+    `intermediate_size`; all others are mixtures of `num_experts` experts.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qk_norm: Literal["none", "head", "full"] = "none"
+    attention_bias: bool = False
+    clip_qkv: float | None = None
+    sliding_window: int | None = None
+    intermediate_size: int = 0
+    dense_layers: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have experts, ascending."""
+        return tuple(i for i in range(self.num_hidden_layers) if i not in self.dense_layers)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes the float32 KV cache takes for one token over all layers."""
+        return 2 * 4 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How the weights of a store are nested.
+
+    levels: ascending bit-widths, the last is 8. group_size: input columns that share a scale
+    and an offset at each level (the last group of a row may be narrower).
+    """
+
+    levels: tuple[int, ...] = LEVELS
+    group_size: int = 128
+
+
+@dataclass(frozen=True)
+class PlaneId:
+    """One segment of one expert: what it adds to lift the expert to level `levels[level_index]`."""
+
+    layer: int
+    expert: int
+    level_index: int
+
+
+@dataclass(frozen=True)
+class PlaneRef:
+    """Where a segment lies in the store file: byte offset, byte size, CRC32C of those bytes."""
+
+    offset: int
+    size: int
+    crc32c: int
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What one layer's batch wants: job j is one expert at one level, serving some (token, slot) pairs.
+
+    expert, level_index: int32 [jobs]. first_pair: int32 [jobs + 1]; job j serves
+    pair[first_pair[j] : first_pair[j + 1]], int32 flat indices token * num_experts_per_tok + slot,
+    ascending within a job.
+    """
+
+    expert: I32
+    level_index: I32
+    first_pair: I32
+    pair: I32
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A memory ceiling and what is set aside under it, all in bytes."""
+
+    ceiling: int
+    process: int
+    weights: int
+    kv_cache: int
+    scratch: int
+    margin: int
+
+    @property
+    def needed(self) -> int:
+        """Smallest ceiling under which the same run fits."""
+        return self.process + self.weights + self.kv_cache + self.scratch + self.margin
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Settings of a run that follow from the model, the machine and the ceiling."""
+
+    bits: int
+    dense_bits: int
+    ctx_size: int
+    prefill_chunk: int
+    threads: int
+    budget: Budget
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one generation did. Rates are tokens a second, times seconds, sizes bytes."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    prefill_tok_s: float
+    decode_tok_s: float
+    ttft_s: float
+    peak_rss_bytes: int
+    mem_budget_bytes: int
+    mean_bits: float
+    stop_reason: str

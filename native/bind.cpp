@@ -1,0 +1,209 @@
+// The Python binding: unpacks arrays, releases the GIL, calls the C core. Shapes are checked in
+// edgemoe/kernels.py; dtypes and contiguity here too (noconvert: nothing is ever copied).
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <new>
+#include <string>
+#include <vector>
+
+#include "edgemoe.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+template <class T> using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
+using F32 = Array<float>;
+using ConstF32 = Array<const float>;
+
+namespace {
+
+struct Pool {
+    em_pool *p;
+    explicit Pool(int threads) : p(em_pool_new(threads)) {
+        if (!p) throw std::bad_alloc();
+    }
+    Pool(const Pool &) = delete;
+    Pool &operator=(const Pool &) = delete;
+    ~Pool() {
+        nb::gil_scoped_release nogil;
+        em_pool_free(p);
+    }
+};
+
+void check(int status) {
+    if (status == EM_NO_MEMORY) throw std::bad_alloc();
+}
+
+int dim(const auto &array, size_t axis) { return static_cast<int>(array.shape(axis)); }
+
+em_matrix make_matrix(const uint64_t *segments, const int64_t *offsets, size_t stride, int level, int rows,
+                      int cols, int group_units) {
+    em_matrix w = {};
+    for (int s = 0; s <= level; s++)
+        w.plane[s] = reinterpret_cast<const uint8_t *>(segments[s]) + offsets[s * stride + 1];
+    w.scale = reinterpret_cast<const uint8_t *>(segments[level]) + offsets[level * stride];
+    w.level = level;
+    w.rows = rows;
+    w.cols = cols;
+    w.units = (cols + EM_UNIT - 1) / EM_UNIT;
+    w.group_units = group_units;
+    w.groups = (w.units + group_units - 1) / group_units;
+    return w;
+}
+
+} // namespace
+
+NB_MODULE(_native, m) {
+    nb::class_<Pool>(m, "Pool")
+        .def(nb::init<int>(), "threads"_a)
+        .def_prop_ro("threads", [](const Pool &p) { return em_pool_threads(p.p); })
+        .def_prop_ro("scratch_bytes", [](const Pool &p) { return em_pool_scratch_bytes(p.p); });
+
+    nb::class_<em_matrix>(m, "Matrix")
+        .def_ro("rows", &em_matrix::rows)
+        .def_ro("cols", &em_matrix::cols)
+        .def_ro("level", &em_matrix::level);
+
+    m.def("isa_names", [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < em_isa_count(); i++)
+            if (em_isa_at(i)->supported()) names.emplace_back(em_isa_at(i)->name);
+        return names;
+    });
+    m.def("isa", [] { return std::string(em_isa_current()->name); });
+    m.def("set_isa", [](const std::string &name) {
+        const em_isa *isa = em_isa_find(name.c_str());
+        if (isa) em_isa_set(isa);
+        return isa != nullptr;
+    });
+
+    m.def(
+        "crc32c",
+        [](Array<const uint8_t> data, uint32_t seed) {
+            nb::gil_scoped_release nogil;
+            return em_crc32c(seed, data.data(), data.size());
+        },
+        "data"_a.noconvert(), "seed"_a);
+
+    m.def(
+        "matrix",
+        [](Array<const uint64_t> segments, Array<const int64_t> offsets, int index, int level, int rows,
+           int cols, int group_units) {
+            return make_matrix(segments.data(), offsets.data() + 2 * index, offsets.shape(1) * 2, level, rows,
+                               cols, group_units);
+        },
+        "segments"_a.noconvert(), "offsets"_a.noconvert(), "index"_a, "level"_a, "rows"_a, "cols"_a,
+        "group_units"_a);
+
+    m.def(
+        "linear",
+        [](Pool &pool, ConstF32 x, const std::vector<em_matrix *> &w, const std::vector<F32> &y) {
+            std::vector<float *> out;
+            out.reserve(y.size());
+            for (const auto &a : y) out.push_back(a.data());
+            nb::gil_scoped_release nogil;
+            check(em_linear(pool.p, x.data(), dim(x, 0), w.data(), out.data(), static_cast<int>(w.size())));
+        },
+        "pool"_a, "x"_a.noconvert(), "w"_a, "y"_a.noconvert());
+
+    m.def(
+        "accumulate",
+        [](Pool &pool, ConstF32 x, const em_matrix &w, Array<int8_t> q, F32 scale, Array<int32_t> out) {
+            nb::gil_scoped_release nogil;
+            check(em_accumulate(pool.p, x.data(), dim(x, 0), &w, q.data(), scale.data(), out.data()));
+        },
+        "pool"_a, "x"_a.noconvert(), "w"_a, "q"_a.noconvert(), "scale"_a.noconvert(), "out"_a.noconvert());
+
+    m.def(
+        "linear_f32",
+        [](Pool &pool, ConstF32 x, ConstF32 w, F32 y) {
+            nb::gil_scoped_release nogil;
+            em_linear_f32(pool.p, x.data(), dim(x, 0), w.data(), dim(w, 0), dim(w, 1), y.data());
+        },
+        "pool"_a, "x"_a.noconvert(), "w"_a.noconvert(), "y"_a.noconvert());
+
+    m.def(
+        "decode_rows",
+        [](const em_matrix &w, Array<const int64_t> ids, F32 out) {
+            nb::gil_scoped_release nogil;
+            em_decode_rows(&w, ids.data(), dim(ids, 0), out.data());
+        },
+        "w"_a, "ids"_a.noconvert(), "out"_a.noconvert());
+
+    m.def(
+        "rmsnorm",
+        [](Pool &pool, ConstF32 x, ConstF32 w, float eps, F32 y) {
+            nb::gil_scoped_release nogil;
+            em_rmsnorm(pool.p, x.data(), w.data(), dim(x, 0), dim(x, 1), eps, y.data());
+        },
+        "pool"_a, "x"_a.noconvert(), "w"_a.noconvert(), "eps"_a, "y"_a.noconvert());
+
+    m.def(
+        "rope",
+        [](Pool &pool, F32 x, ConstF32 cos, ConstF32 sin) {
+            nb::gil_scoped_release nogil;
+            em_rope(pool.p, x.data(), dim(x, 0), dim(x, 1), dim(x, 2), cos.data(), sin.data());
+        },
+        "pool"_a, "x"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert());
+
+    m.def(
+        "route",
+        [](ConstF32 logits, bool normalize, Array<int32_t> ids, F32 weights) {
+            nb::gil_scoped_release nogil;
+            em_route(logits.data(), dim(logits, 0), dim(logits, 1), dim(ids, 1), normalize, ids.data(),
+                     weights.data());
+        },
+        "logits"_a.noconvert(), "normalize"_a, "ids"_a.noconvert(), "weights"_a.noconvert());
+
+    m.def(
+        "experts",
+        [](Pool &pool, ConstF32 x, Array<const uint64_t> segments, Array<const int64_t> offsets,
+           Array<const int32_t> levels, Array<const int32_t> first_pair, Array<const int32_t> pair_token,
+           int intermediate, int group_units, F32 pair_out) {
+            const int hidden = dim(x, 1);
+            std::vector<em_job> jobs(levels.shape(0));
+            for (size_t j = 0; j < jobs.size(); j++) {
+                const uint64_t *at = segments.data() + j * segments.shape(1);
+                const int64_t *o = offsets.data();
+                const int level = levels.data()[j], *first = first_pair.data() + j;
+                jobs[j] = {make_matrix(at, o, 6, level, intermediate, hidden, group_units),
+                           make_matrix(at, o + 2, 6, level, intermediate, hidden, group_units),
+                           make_matrix(at, o + 4, 6, level, hidden, intermediate, group_units), first[0],
+                           first[1] - first[0]};
+            }
+            nb::gil_scoped_release nogil;
+            check(em_experts(pool.p, x.data(), dim(x, 0), jobs.data(), static_cast<int>(jobs.size()),
+                             pair_token.data(), dim(pair_token, 0), pair_out.data()));
+        },
+        "pool"_a, "x"_a.noconvert(), "segments"_a.noconvert(), "offsets"_a.noconvert(), "levels"_a.noconvert(),
+        "first_pair"_a.noconvert(), "pair_token"_a.noconvert(), "intermediate"_a, "group_units"_a,
+        "pair_out"_a.noconvert());
+
+    m.def(
+        "combine",
+        [](Pool &pool, ConstF32 pair_out, Array<const int32_t> position, ConstF32 weights, F32 y) {
+            nb::gil_scoped_release nogil;
+            em_combine(pool.p, pair_out.data(), position.data(), weights.data(), dim(position, 0),
+                       dim(position, 1), dim(y, 1), y.data());
+        },
+        "pool"_a, "pair_out"_a.noconvert(), "position"_a.noconvert(), "weights"_a.noconvert(),
+        "y"_a.noconvert());
+
+    m.def(
+        "attention",
+        [](Pool &pool, ConstF32 q, ConstF32 k, ConstF32 v, int start, int window, float scale, F32 out) {
+            nb::gil_scoped_release nogil;
+            check(em_attention(pool.p, q.data(), k.data(), v.data(), dim(q, 0), dim(q, 1), dim(k, 0),
+                               dim(q, 2), dim(k, 1), start, window, scale, out.data()));
+        },
+        "pool"_a, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "start"_a, "window"_a, "scale"_a,
+        "out"_a.noconvert());
+
+    m.def("linear_scratch", &em_linear_scratch, "n"_a, "cols"_a, "group_units"_a);
+    m.def("experts_scratch", &em_experts_scratch, "threads"_a, "n"_a, "pairs"_a, "hidden"_a, "intermediate"_a,
+          "group_units"_a);
+    m.def("attention_scratch", &em_attention_scratch, "threads"_a, "positions"_a);
+}

@@ -1,0 +1,146 @@
+/* edgemoe native core: types and functions shared by its C files and the binding.
+ *
+ * Numbers. Weights are nested codes (docs/FORMAT.md); activations are int8 with one float32 scale
+ * for every 32 columns. Every float result has one fixed reduction order, the same for every
+ * instruction set, thread count, batch size and prefill split, and no multiply-add is fused:
+ *   - float32 dot products run in 16 lanes (element i goes to lane i mod 16), then lanes are summed
+ *     as a tree: i with i+8, i with i+4, i with i+2, 0 with 1;
+ *   - quantized products: for each group, t = sum over its 32-column units (ascending) of
+ *     x_scale * float(integer dot); y = (y + s * t) + o * X with X = sum of x_scale * sum(q);
+ *   - attention sums run over positions in ascending order.
+ * Functions return 0, or a negative em_status.
+ */
+#ifndef EDGEMOE_H
+#define EDGEMOE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { EM_LEVELS = 5, EM_ROW_BLOCK = 8, EM_UNIT = 32, EM_MAX_GROUP_UNITS = 8, EM_SCALE_HEAD = 64 };
+enum em_status { EM_OK = 0, EM_NO_MEMORY = -1 };
+
+/* A [rows, cols] matrix read at levels[level]: one plane pointer a segment, and the scale block of
+ * the last segment in use. */
+typedef struct {
+    const uint8_t *plane[EM_LEVELS];
+    const uint8_t *scale;
+    int level;
+    int rows;
+    int cols;
+    int units;       /* of 32 columns, the last zero-padded */
+    int group_units; /* units that share a scale; the last group may be shorter */
+    int groups;
+} em_matrix;
+
+/* Quantized activations of n tokens. */
+typedef struct {
+    int8_t *q;     /* [n, units * 32] */
+    float *scale;  /* [n, units] */
+    float *gx;     /* [n, groups]: sum over the group of scale * sum(q) */
+    int units;
+    int groups;
+    int group_units;
+} em_acts;
+
+/* One instruction set's bodies. */
+typedef struct {
+    const char *name;
+    int (*supported)(void);
+    /* x [cols] -> q [units * 32], scale [units], gx [groups] of row `row` of a. */
+    void (*quantize)(const float *x, int cols, const em_acts *a, int row);
+    /* out[i * ld + r - 8 * rb0] = w[r, :] . x[idx ? idx[i] : i] for the rows r of blocks [rb0, rb1)
+     * and i < n. */
+    void (*matmul)(const em_matrix *w, int rb0, int rb1, const em_acts *a, const int32_t *idx, int n,
+                   float *out, size_t ld);
+    /* Integer dots before any scale: out [n, row_blocks * 8, units]; row blocks [rb0, rb1). */
+    void (*accumulate)(const em_matrix *w, int rb0, int rb1, const em_acts *a, int n, int32_t *out);
+    float (*dot)(const float *a, const float *b, int n);
+    /* y[i] = x[i] * r * w[i] */
+    void (*scale_mul)(const float *x, float r, const float *w, int n, float *y);
+    /* g[i] = silu(g[i]) * u[i] */
+    void (*silu_mul)(float *g, const float *u, int n);
+    /* In place x[i] = exp(x[i] - m); returns the 16-lane sum. */
+    float (*exp_sum)(float *x, float m, int n);
+    /* out[d] = (sum over j ascending of p[j] * v[j * d + :]) / sum */
+    void (*weighted_sum)(const float *p, const float *v, int n, int d, float sum, float *out);
+} em_isa;
+
+const em_isa *em_isa_current(void);
+const em_isa *em_isa_find(const char *name); /* NULL if unknown or unsupported here */
+int em_isa_count(void);
+const em_isa *em_isa_at(int i);
+void em_isa_set(const em_isa *isa);
+
+extern const em_isa em_isa_scalar;
+#if defined(__x86_64__)
+extern const em_isa em_isa_avx2;
+#endif
+
+/* A pool of worker threads. Workers spin for some microseconds after a task, then sleep. */
+typedef struct em_pool em_pool;
+typedef void (*em_task)(void *ctx, int task, int worker);
+
+em_pool *em_pool_new(int threads); /* NULL: no memory or no threads to be had */
+void em_pool_free(em_pool *p);
+int em_pool_threads(const em_pool *p);
+/* Runs fn(ctx, 0..tasks-1, worker) over the pool, the calling thread included; returns when all are
+ * done. Calls from several threads are served one after the other. */
+void em_pool_run(em_pool *p, em_task fn, void *ctx, int tasks);
+/* Scratch of at least `bytes`, 64-byte aligned, kept for the pool's life; NULL: no memory. Valid
+ * until the next call; operations on one pool are serialised by em_pool_lock. */
+void *em_pool_scratch(em_pool *p, size_t bytes);
+size_t em_pool_scratch_bytes(const em_pool *p);
+void em_pool_lock(em_pool *p);
+void em_pool_unlock(em_pool *p);
+
+uint32_t em_crc32c(uint32_t crc, const void *data, size_t n);
+
+/* Operations over a pool. Row-major float32 unless said. */
+
+/* y_m [n, rows_m] = x [n, cols] . w_m^T for m < count; x is quantized once. All matrices have the
+ * same cols and group_units. */
+int em_linear(em_pool *p, const float *x, int n, const em_matrix *const *w, float *const *y, int count);
+/* y [n, rows] = x [n, cols] . w [rows, cols]^T in float32. */
+void em_linear_f32(em_pool *p, const float *x, int n, const float *w, int rows, int cols, float *y);
+int em_accumulate(em_pool *p, const float *x, int n, const em_matrix *w, int8_t *q, float *scale,
+                  int32_t *out);
+/* out [n, cols] = rows ids[i] of w, decoded. */
+void em_decode_rows(const em_matrix *w, const int64_t *ids, int n, float *out);
+void em_rmsnorm(em_pool *p, const float *x, const float *w, int n, int d, float eps, float *y);
+/* In place on x [n, heads, d]; cos, sin [n, d / 2]; halves rotate against each other. */
+void em_rope(em_pool *p, float *x, int n, int heads, int d, const float *cos, const float *sin);
+/* Softmax over experts, the k largest (ties: lower index first), in falling order. */
+void em_route(const float *logits, int n, int experts, int k, int normalize, int32_t *ids, float *weights);
+
+/* One expert at one level with the (token) pairs it serves. */
+typedef struct {
+    em_matrix gate, up, down;
+    int first, count; /* its pairs are first .. first + count - 1 */
+} em_job;
+
+/* pair_out [pairs, hidden] = down(silu(gate x) * up x) for every pair of every job;
+ * pair_token[i] is the row of x that pair i reads. */
+int em_experts(em_pool *p, const float *x, int n, const em_job *jobs, int job_count,
+               const int32_t *pair_token, int pairs, float *pair_out);
+/* y [n, hidden] = sum over slots ascending of weights [n, k] * pair_out[position [n, k]]. */
+void em_combine(em_pool *p, const float *pair_out, const int32_t *position, const float *weights, int n,
+                int k, int hidden, float *y);
+/* Causal attention of n new tokens of one sequence at positions start .. start + n - 1, whose keys
+ * and values are in the cache already. q, out [n, heads, d]; k, v [kv_heads, capacity, d];
+ * window 0 = all. */
+int em_attention(em_pool *p, const float *q, const float *k, const float *v, int n, int heads,
+                 int kv_heads, int d, int capacity, int start, int window, float scale, float *out);
+
+/* Bytes of pool scratch the operations above need. */
+size_t em_linear_scratch(int n, int cols, int group_units);
+size_t em_experts_scratch(int threads, int n, int pairs, int hidden, int intermediate, int group_units);
+size_t em_attention_scratch(int threads, int positions);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

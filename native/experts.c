@@ -1,0 +1,151 @@
+/* All experts of a token or a batch in one call: gate and up with SiLU, then down. */
+#include "ops_common.h"
+
+typedef struct {
+    const em_isa *isa;
+    const em_job *jobs;
+    int job_count;
+    const int *first_task; /* [job_count + 1] of the phase that runs */
+    const int32_t *pair_token;
+    em_acts in, mid;
+    float *h;    /* [pairs, intermediate] */
+    float *temp; /* [threads, TOKEN_TILE, CHUNK_ROWS] */
+    int intermediate, hidden;
+    float *out;
+} experts_ctx;
+
+typedef struct {
+    const em_job *job;
+    int rb0, rb1;    /* row blocks */
+    int first, count; /* pairs */
+} part;
+
+/* Task number -> job, chunk of rows and tile of pairs. */
+static part locate(const experts_ctx *c, int task, int rows) {
+    int lo = 0, hi = c->job_count - 1;
+    while (lo < hi) {
+        const int mid = (lo + hi + 1) / 2;
+        if (c->first_task[mid] <= task) {
+            lo = mid;
+        } else {
+            hi = mid - 1;
+        }
+    }
+    const em_job *job = &c->jobs[lo];
+    const int tiles = em_ceil_div(job->count, TOKEN_TILE), blocks = em_ceil_div(rows, EM_ROW_BLOCK);
+    const int local = task - c->first_task[lo], tile = local % tiles * TOKEN_TILE;
+    part out = {job, local / tiles * CHUNK_BLOCKS, 0, job->first + tile, job->count - tile};
+    out.rb1 = out.rb0 + CHUNK_BLOCKS < blocks ? out.rb0 + CHUNK_BLOCKS : blocks;
+    if (out.count > TOKEN_TILE) out.count = TOKEN_TILE;
+    return out;
+}
+
+static int plan_tasks(const em_job *jobs, int count, int rows, int *first_task) {
+    const int chunks = em_ceil_div(em_ceil_div(rows, EM_ROW_BLOCK), CHUNK_BLOCKS);
+    int total = 0;
+    for (int j = 0; j < count; j++) {
+        first_task[j] = total;
+        total += chunks * em_ceil_div(jobs[j].count, TOKEN_TILE);
+    }
+    return first_task[count] = total;
+}
+
+static void gate_up_task(void *raw, int task, int worker) {
+    const experts_ctx *c = raw;
+    const part p = locate(c, task, c->intermediate);
+    const int row = p.rb0 * EM_ROW_BLOCK;
+    const int rows = c->intermediate - row < CHUNK_ROWS ? c->intermediate - row : CHUNK_ROWS;
+    float *gate = c->h + (size_t)p.first * (size_t)c->intermediate + row;
+    float *up = c->temp + (size_t)worker * TOKEN_TILE * CHUNK_ROWS;
+    const int32_t *tokens = c->pair_token + p.first;
+    c->isa->matmul(&p.job->gate, p.rb0, p.rb1, &c->in, tokens, p.count, gate, (size_t)c->intermediate);
+    c->isa->matmul(&p.job->up, p.rb0, p.rb1, &c->in, tokens, p.count, up, CHUNK_ROWS);
+    for (int i = 0; i < p.count; i++)
+        c->isa->silu_mul(gate + (size_t)i * (size_t)c->intermediate, up + (size_t)i * CHUNK_ROWS, rows);
+}
+
+static void down_task(void *raw, int task, int worker) {
+    (void)worker;
+    const experts_ctx *c = raw;
+    const part p = locate(c, task, c->hidden);
+    em_acts mid = c->mid;
+    mid.q += (size_t)p.first * (size_t)mid.units * EM_UNIT;
+    mid.scale += (size_t)p.first * (size_t)mid.units;
+    mid.gx += (size_t)p.first * (size_t)mid.groups;
+    c->isa->matmul(&p.job->down, p.rb0, p.rb1, &mid, NULL, p.count,
+                   c->out + (size_t)p.first * (size_t)c->hidden + (size_t)p.rb0 * EM_ROW_BLOCK, (size_t)c->hidden);
+}
+
+static size_t experts_scratch(int threads, int n, int pairs, int jobs, int hidden, int intermediate,
+                              int group_units) {
+    const int hu = em_ceil_div(hidden, EM_UNIT), iu = em_ceil_div(intermediate, EM_UNIT);
+    return em_acts_bytes(n, hu, em_ceil_div(hu, group_units)) +
+           em_acts_bytes(pairs, iu, em_ceil_div(iu, group_units)) +
+           em_padded((size_t)pairs * (size_t)intermediate * sizeof(float)) +
+           em_padded((size_t)threads * TOKEN_TILE * CHUNK_ROWS * sizeof(float)) +
+           em_padded(((size_t)jobs + 1) * sizeof(int));
+}
+
+size_t em_experts_scratch(int threads, int n, int pairs, int hidden, int intermediate, int group_units) {
+    return experts_scratch(threads, n, pairs, pairs, hidden, intermediate, group_units);
+}
+
+int em_experts(em_pool *p, const float *x, int n, const em_job *jobs, int job_count,
+               const int32_t *pair_token, int pairs, float *pair_out) {
+    if (job_count == 0) return EM_OK;
+    const em_matrix *up = &jobs[0].up, *down = &jobs[0].down;
+    em_pool_lock(p);
+    em_carver c = {em_pool_scratch(
+        p, experts_scratch(em_pool_threads(p), n, pairs, job_count, up->cols, up->rows, up->group_units))};
+    if (!c.at) {
+        em_pool_unlock(p);
+        return EM_NO_MEMORY;
+    }
+    experts_ctx ctx = {.isa = em_isa_current(),
+                       .jobs = jobs,
+                       .job_count = job_count,
+                       .pair_token = pair_token,
+                       .intermediate = up->rows,
+                       .hidden = up->cols,
+                       .out = pair_out};
+    ctx.in = em_carve_acts(&c, n, up->units, up->groups, up->group_units);
+    ctx.mid = em_carve_acts(&c, pairs, down->units, down->groups, down->group_units);
+    ctx.h = em_carve(&c, (size_t)pairs * (size_t)ctx.intermediate * sizeof(float));
+    ctx.temp = em_carve(&c, (size_t)em_pool_threads(p) * TOKEN_TILE * CHUNK_ROWS * sizeof(float));
+    int *first_task = em_carve(&c, ((size_t)job_count + 1) * sizeof(int));
+    ctx.first_task = first_task;
+    em_quantize_all(p, ctx.isa, x, n, ctx.hidden, ctx.in);
+    em_pool_run(p, gate_up_task, &ctx, plan_tasks(jobs, job_count, ctx.intermediate, first_task));
+    em_quantize_all(p, ctx.isa, ctx.h, pairs, ctx.intermediate, ctx.mid);
+    em_pool_run(p, down_task, &ctx, plan_tasks(jobs, job_count, ctx.hidden, first_task));
+    em_pool_unlock(p);
+    return EM_OK;
+}
+
+typedef struct {
+    const float *pair_out, *weights;
+    const int32_t *position;
+    int k, hidden;
+    float *y;
+} combine_ctx;
+
+static void combine_task(void *raw, int task, int worker) {
+    (void)worker;
+    const combine_ctx *c = raw;
+    float *y = c->y + (size_t)task * (size_t)c->hidden;
+    for (int d = 0; d < c->hidden; d++) y[d] = 0.0f;
+    for (int s = 0; s < c->k; s++) {
+        const size_t at = (size_t)task * (size_t)c->k + (size_t)s;
+        const float *from = c->pair_out + (size_t)c->position[at] * (size_t)c->hidden;
+        const float w = c->weights[at];
+        for (int d = 0; d < c->hidden; d++) y[d] += w * from[d];
+    }
+}
+
+void em_combine(em_pool *p, const float *pair_out, const int32_t *position, const float *weights, int n,
+                int k, int hidden, float *y) {
+    combine_ctx c = {pair_out, weights, position, k, hidden, y};
+    em_pool_lock(p);
+    em_pool_run(p, combine_task, &c, n);
+    em_pool_unlock(p);
+}
