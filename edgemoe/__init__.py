@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine import Completion, Generation, Model, load
+    from .engine import Completion, Model, load
     from .errors import (
         CheckpointError,
         ChecksumError,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         UsageError,
     )
+    from .generation import Generation
     from .mwq.convert import convert
     from .sampling import SamplingParams
     from .types import ModelConfig, RunPlan, Stats
@@ -34,7 +35,7 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "engine",
     "Model": "engine",
-    "Generation": "engine",
+    "Generation": "generation",
     "Completion": "engine",
     "convert": "mwq.convert",
     "SamplingParams": "sampling",

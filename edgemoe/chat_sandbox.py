@@ -28,17 +28,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-FUEL = 32 * 1024 * 1024
+FUEL = 16 * 1024 * 1024
 FUEL_PER_INPUT = 64
 """Fuel of one rendering: FUEL + FUEL_PER_INPUT a character of the conversation. A unit is about a
-byte of data made; a step costs STEP, so 32 Mi are half a million steps, a second or two."""
+byte of data made; a step costs STEP, so 16 Mi are a quarter of a million steps, about a second."""
 
 STEP = 64
 DEADLINE_S = 10.0
 """A backstop for steps that are slow for their size."""
 
 _NODE = 32
-# Filters and methods whose result can be as large as the product of their arguments.
+# Filters and methods whose result can be as large as the product of their arguments; that of all
+# others is at most as large as the sum.
 _GROWING = frozenset(
     {
         *("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap", "urlize"),
@@ -46,6 +47,8 @@ _GROWING = frozenset(
         *("batch", "slice", "round", "sum"),
     }
 )
+# Filters that look at a container, not into what it holds.
+_SHALLOW = frozenset({"length", "count", "first", "last", "default", "d", "items", "attr"})
 _WIDE_PERCENT = re.compile(r"%[^%a-zA-Z]*?(\*|\d{5})")
 _WIDE_BRACES = re.compile(r"\{[^{}]*(\{|\d{5})")
 
@@ -104,17 +107,20 @@ class Meter:
 
     def foresee(self, name: str, values: Iterable[Any]) -> None:
         """Stop an operation whose result could be more than the fuel left, before it runs."""
+        if name in _SHALLOW:
+            return
         growing = name in _GROWING
-        bound = _NODE
+        bound = 1
         for v in values:
-            if growing and isinstance(v, int):
-                bound *= max(1, abs(v))
-            elif isinstance(v, (str, bytes)):
-                bound = bound * max(1, len(v)) if growing else bound + _NODE * len(v)
+            if isinstance(v, (str, bytes)):
+                # Taken apart, a string becomes an object a character.
+                size = len(v) if growing else _NODE * len(v)
             elif isinstance(v, (list, tuple, dict, Namespace)):
-                bound = bound * self.weight(v) if growing else bound + self.weight(v)
-        # The product counts a unit of every factor where _NODE pays for one; characters cost one.
-        if bound // (_NODE if growing else 1) > self.left:
+                size = self.weight(v)
+            else:
+                size = abs(v) if growing and isinstance(v, int) else 1
+            bound = bound * max(1, size) if growing else bound + size
+        if bound > self.left:
             raise OutOfFuel
         if name in ("format", "format_map"):
             for v in values:
@@ -125,11 +131,14 @@ class Meter:
 class _MeteredSyntax(NodeTransformer):
     """Puts the meter where the environment has no hook: literals, comparisons, loops, macros."""
 
-    def _paid(self, node: nodes.Expr) -> nodes.Expr:
-        return nodes.Filter(node, " charge", [], [], None, None, lineno=node.lineno)
+    def _paid(self, node: nodes.Node) -> nodes.Expr:
+        return nodes.Filter(
+            cast(nodes.Expr, node), " charge", [], [], None, None, lineno=node.lineno
+        )
 
     def _wrap(self, node: nodes.Expr) -> nodes.Expr:
         self.generic_visit(node)
+        # A tuple may be the target of a loop or an assignment.
         return node if getattr(node, "ctx", "load") == "store" else self._paid(node)
 
     visit_List = visit_Tuple = visit_Dict = _wrap
@@ -144,7 +153,7 @@ class _MeteredSyntax(NodeTransformer):
     def visit_Test(self, node: nodes.Test) -> nodes.Test:
         self.generic_visit(node)
         node.node = self._paid(node.node)
-        node.args = [self._paid(cast(nodes.Expr, arg)) for arg in node.args or ()]
+        node.args = [self._paid(arg) for arg in node.args or ()]
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:

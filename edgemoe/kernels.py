@@ -174,6 +174,14 @@ def rmsnorm(pool: Pool, x: F32, w: F32, eps: float) -> F32:
     return y
 
 
+def silu_mul(gate: F32, up: F32) -> F32:
+    """gate * sigmoid(gate) * up, in place on gate, which is returned; float32 [n, d] both."""
+    _check("gate", gate, np.float32, None, None)
+    _check("up", up, np.float32, *gate.shape)
+    _native.silu_mul(gate, up)
+    return gate
+
+
 def rope(pool: Pool, x: F32, cos: F32, sin: F32) -> None:
     """Rotate halves of every head in place; x [n, heads, d], cos and sin [n, d / 2]."""
     _check("x", x, np.float32, None, None, None)
@@ -260,9 +268,7 @@ def combine(pool: Pool, pair_out: F32, position: I32, weights: F32) -> F32:
     _check("pair_out", pair_out, np.float32, None, None)
     _check("position", position, np.int32, None, None)
     _check("weights", weights, np.float32, *position.shape)
-    if position.size and not (
-        0 <= int(position.min()) and int(position.max()) < pair_out.shape[0]
-    ):
+    if position.size and not (0 <= int(position.min()) and int(position.max()) < pair_out.shape[0]):
         raise KernelError(f"position: expected pairs in [0, {pair_out.shape[0]})")
     y = np.empty((position.shape[0], pair_out.shape[1]), np.float32)
     _native.combine(pool, pair_out, position, weights, y)

@@ -60,7 +60,9 @@ def accumulate(x: F32, matrix: CodedMatrix) -> tuple[I8, F32, I32]:
     codes = np.zeros((rows, units * UNIT), np.int32)
     codes[:, :cols] = matrix.codes
     dots = np.einsum(
-        "nuc,ruc->nru", q.reshape(len(x), units, UNIT).astype(np.int32), codes.reshape(rows, units, UNIT)
+        "nuc,ruc->nru",
+        q.reshape(len(x), units, UNIT).astype(np.int32),
+        codes.reshape(rows, units, UNIT),
     )
     return q, scale, dots.astype(np.int32)
 
@@ -69,12 +71,12 @@ def linear(x: F32, matrix: CodedMatrix) -> F64:
     """x @ w.T with activations rounded as the kernels round them: [n, rows]."""
     q, scale = quantize_activations(x)
     rounded = q.astype(np.float64) * np.repeat(scale.astype(np.float64), UNIT, axis=1)
-    return rounded[:, : matrix.codes.shape[1]] @ matrix.decode().T
+    return np.asarray(rounded[:, : matrix.codes.shape[1]] @ matrix.decode().T)
 
 
 def linear_f32(x: F32, w: F32) -> F64:
     """x @ w.T: [n, rows]."""
-    return x.astype(np.float64) @ w.astype(np.float64).T
+    return np.asarray(x.astype(np.float64) @ w.astype(np.float64).T)
 
 
 def decode_rows(matrix: CodedMatrix, ids: I64) -> F64:
@@ -85,7 +87,7 @@ def decode_rows(matrix: CodedMatrix, ids: I64) -> F64:
 def rmsnorm(x: F32, w: F32, eps: float) -> F64:
     """x / sqrt(mean(x^2) + eps) * w: [n, d]."""
     wide = x.astype(np.float64)
-    return wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + eps) * w
+    return np.asarray(wide / np.sqrt((wide**2).mean(axis=-1, keepdims=True) + eps) * w)
 
 
 def rope(x: F32, cos: F32, sin: F32) -> F64:
@@ -105,6 +107,11 @@ def softmax(z: NDArray[Any]) -> F64:
 def silu(x: F64) -> F64:
     """x * sigmoid(x)."""
     return x / (1.0 + np.exp(-x))
+
+
+def silu_mul(gate: F32, up: F32) -> F64:
+    """silu(gate) * up: [n, d]."""
+    return silu(gate.astype(np.float64)) * up
 
 
 def route(logits: F32, k: int, normalize: bool) -> tuple[I32, F64]:
@@ -138,7 +145,7 @@ def experts(
 
 def combine(pair_out: F32, position: I32, weights: F32) -> F64:
     """Sum over slots of weight * pair output: [n, hidden]."""
-    return np.einsum("nk,nkh->nh", weights.astype(np.float64), pair_out[position])
+    return np.asarray(np.einsum("nk,nkh->nh", weights.astype(np.float64), pair_out[position]))
 
 
 def attention(q: F32, k: F32, v: F32, start: int, scale: float, window: int | None = None) -> F64:

@@ -205,5 +205,8 @@ def from_generation_config(config: Mapping[str, Any]) -> SamplingParams:
     try:
         params = SamplingParams(**{"temperature": 1.0, **given})
     except UsageError as error:
-        raise CheckpointError(f"{where}: {error}") from None
+        # The message begins with our name of the setting.
+        ours, _, rest = str(error).partition(" ")
+        theirs = next(key for key, name in _FROM_CONFIG.items() if name == ours)
+        raise CheckpointError(f"{where}: {theirs} {rest}") from None
     return params if do_sample else replace(params, temperature=0.0)

@@ -1,7 +1,6 @@
 /* Causal attention over the KV cache: one task a (token, head). */
 #include "ops_common.h"
 
-
 typedef struct {
     const em_isa *isa;
     const float *q, *k, *v;
@@ -36,8 +35,8 @@ size_t em_attention_scratch(int threads, int positions) {
     return (size_t)threads * em_padded((size_t)positions * sizeof(float));
 }
 
-int em_attention(em_pool *p, const float *q, const float *k, const float *v, int n, int heads,
-                 int kv_heads, int d, int capacity, int start, int window, float scale, float *out) {
+int em_attention(em_pool *p, const float *q, const float *k, const float *v, int n, int heads, int kv_heads,
+                 int d, int capacity, int start, int window, float scale, float *out) {
     em_pool_lock(p);
     const size_t bytes = em_attention_scratch(em_pool_threads(p), start + n);
     float *scores = em_pool_scratch(p, bytes);

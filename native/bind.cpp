@@ -142,6 +142,14 @@ NB_MODULE(_native, m) {
         "pool"_a, "x"_a.noconvert(), "w"_a.noconvert(), "eps"_a, "y"_a.noconvert());
 
     m.def(
+        "silu_mul",
+        [](F32 gate, ConstF32 up) {
+            nb::gil_scoped_release nogil;
+            em_isa_current()->silu_mul(gate.data(), up.data(), static_cast<int>(up.size()));
+        },
+        "gate"_a.noconvert(), "up"_a.noconvert());
+
+    m.def(
         "rope",
         [](Pool &pool, F32 x, ConstF32 cos, ConstF32 sin) {
             nb::gil_scoped_release nogil;
@@ -178,9 +186,9 @@ NB_MODULE(_native, m) {
             check(em_experts(pool.p, x.data(), dim(x, 0), jobs.data(), static_cast<int>(jobs.size()),
                              pair_token.data(), dim(pair_token, 0), pair_out.data()));
         },
-        "pool"_a, "x"_a.noconvert(), "segments"_a.noconvert(), "offsets"_a.noconvert(), "levels"_a.noconvert(),
-        "first_pair"_a.noconvert(), "pair_token"_a.noconvert(), "intermediate"_a, "group_units"_a,
-        "pair_out"_a.noconvert());
+        "pool"_a, "x"_a.noconvert(), "segments"_a.noconvert(), "offsets"_a.noconvert(),
+        "levels"_a.noconvert(), "first_pair"_a.noconvert(), "pair_token"_a.noconvert(), "intermediate"_a,
+        "group_units"_a, "pair_out"_a.noconvert());
 
     m.def(
         "combine",

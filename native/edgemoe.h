@@ -38,9 +38,9 @@ typedef struct {
 
 /* Quantized activations of n tokens. */
 typedef struct {
-    int8_t *q;     /* [n, units * 32] */
-    float *scale;  /* [n, units] */
-    float *gx;     /* [n, groups]: sum over the group of scale * sum(q) */
+    int8_t *q;    /* [n, units * 32] */
+    float *scale; /* [n, units] */
+    float *gx;    /* [n, groups]: sum over the group of scale * sum(q) */
     int units;
     int groups;
     int group_units;
@@ -132,8 +132,8 @@ void em_combine(em_pool *p, const float *pair_out, const int32_t *position, cons
 /* Causal attention of n new tokens of one sequence at positions start .. start + n - 1, whose keys
  * and values are in the cache already. q, out [n, heads, d]; k, v [kv_heads, capacity, d];
  * window 0 = all. */
-int em_attention(em_pool *p, const float *q, const float *k, const float *v, int n, int heads,
-                 int kv_heads, int d, int capacity, int start, int window, float scale, float *out);
+int em_attention(em_pool *p, const float *q, const float *k, const float *v, int n, int heads, int kv_heads,
+                 int d, int capacity, int start, int window, float scale, float *out);
 
 /* Bytes of pool scratch the operations above need. */
 size_t em_linear_scratch(int n, int cols, int group_units);

@@ -16,7 +16,7 @@ typedef struct {
 
 typedef struct {
     const em_job *job;
-    int rb0, rb1;    /* row blocks */
+    int rb0, rb1;     /* row blocks */
     int first, count; /* pairs */
 } part;
 
@@ -73,7 +73,8 @@ static void down_task(void *raw, int task, int worker) {
     mid.scale += (size_t)p.first * (size_t)mid.units;
     mid.gx += (size_t)p.first * (size_t)mid.groups;
     c->isa->matmul(&p.job->down, p.rb0, p.rb1, &mid, NULL, p.count,
-                   c->out + (size_t)p.first * (size_t)c->hidden + (size_t)p.rb0 * EM_ROW_BLOCK, (size_t)c->hidden);
+                   c->out + (size_t)p.first * (size_t)c->hidden + (size_t)p.rb0 * EM_ROW_BLOCK,
+                   (size_t)c->hidden);
 }
 
 static size_t experts_scratch(int threads, int n, int pairs, int jobs, int hidden, int intermediate,

@@ -29,9 +29,9 @@ static void quantize(const float *x, int cols, const em_acts *a, int row) {
         }
         __m256 v[4];
         for (int i = 0; i < 4; i++) v[i] = _mm256_loadu_ps(from + 8 * i);
-        __m256 m = _mm256_max_ps(
-            _mm256_max_ps(_mm256_and_ps(v[0], magnitude), _mm256_and_ps(v[1], magnitude)),
-            _mm256_max_ps(_mm256_and_ps(v[2], magnitude), _mm256_and_ps(v[3], magnitude)));
+        __m256 m =
+            _mm256_max_ps(_mm256_max_ps(_mm256_and_ps(v[0], magnitude), _mm256_and_ps(v[1], magnitude)),
+                          _mm256_max_ps(_mm256_and_ps(v[2], magnitude), _mm256_and_ps(v[3], magnitude)));
         __m128 h = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
         h = _mm_max_ps(h, _mm_movehl_ps(h, h));
         h = _mm_max_ss(h, _mm_shuffle_ps(h, h, 1));
@@ -44,7 +44,8 @@ static void quantize(const float *x, int cols, const em_acts *a, int row) {
         s4 = _mm_add_epi32(s4, _mm_shuffle_epi32(s4, 0x4e));
         s4 = _mm_add_epi32(s4, _mm_shuffle_epi32(s4, 0xb1));
         /* packs interleaves 128-bit halves; the permutation puts the 4-byte runs back in order. */
-        const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(k[0], k[1]), _mm256_packs_epi32(k[2], k[3]));
+        const __m256i bytes =
+            _mm256_packs_epi16(_mm256_packs_epi32(k[0], k[1]), _mm256_packs_epi32(k[2], k[3]));
         _mm256_storeu_si256((__m256i *)(q + first),
                             _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
         scale[u] = amax / 127.0f;
@@ -153,8 +154,8 @@ INLINE void store_rows(float *out, __m256 y, int live) {
 
 enum { TILE = 64 };
 
-INLINE void matmul_level(const em_matrix *w, int level, int rb0, int rb1, const em_acts *a, const int32_t *idx,
-                         int n, float *out, size_t ld) {
+INLINE void matmul_level(const em_matrix *w, int level, int rb0, int rb1, const em_acts *a,
+                         const int32_t *idx, int n, float *out, size_t ld) {
     float head;
     memcpy(&head, w->scale, sizeof head);
     const __m256 multiplier = _mm256_set1_ps(head);
@@ -191,7 +192,8 @@ INLINE void matmul_level(const em_matrix *w, int level, int rb0, int rb1, const 
                     const float *xs = a->scale + row * (size_t)a->units;
                     __m256 t = _mm256_setzero_ps();
                     for (int u = u0; u < u1; u++) {
-                        const __m256i dots = dot_unit(top[u - u0], low[u - u0], level, q + (size_t)u * EM_UNIT);
+                        const __m256i dots =
+                            dot_unit(top[u - u0], low[u - u0], level, q + (size_t)u * EM_UNIT);
                         t = _mm256_add_ps(t, _mm256_mul_ps(_mm256_set1_ps(xs[u]), _mm256_cvtepi32_ps(dots)));
                     }
                     const __m256 gx = _mm256_set1_ps(a->gx[row * (size_t)a->groups + (size_t)g]);
@@ -275,7 +277,8 @@ static void scale_mul(const float *x, float r, const float *w, int n, float *y) 
     const __m256 rr = _mm256_set1_ps(r);
     int i = 0;
     for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(y + i, _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + i), rr), _mm256_loadu_ps(w + i)));
+        _mm256_storeu_ps(y + i,
+                         _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + i), rr), _mm256_loadu_ps(w + i)));
     for (; i < n; i++) y[i] = (x[i] * r) * w[i];
 }
 
@@ -342,7 +345,8 @@ static void weighted_sum(const float *p, const float *v, int n, int d, float sum
             for (int k = 0; k < 4; k++)
                 acc[k] = _mm256_add_ps(acc[k], _mm256_mul_ps(w, _mm256_loadu_ps(row + 8 * k)));
         }
-        for (int k = 0; k < 4; k++) _mm256_storeu_ps(out + c + 8 * k, _mm256_div_ps(acc[k], _mm256_set1_ps(sum)));
+        for (int k = 0; k < 4; k++)
+            _mm256_storeu_ps(out + c + 8 * k, _mm256_div_ps(acc[k], _mm256_set1_ps(sum)));
     }
     for (; c < d; c++) {
         float acc = 0.0f;

@@ -59,7 +59,8 @@ static void linear_task(void *raw, int task, int worker) {
         a.scale += (size_t)first * (size_t)a.units;
         a.gx += (size_t)first * (size_t)a.groups;
         c->isa->matmul(w, rb0, rb1, &a, NULL, n,
-                       c->y[m] + (size_t)first * (size_t)w->rows + (size_t)rb0 * EM_ROW_BLOCK, (size_t)w->rows);
+                       c->y[m] + (size_t)first * (size_t)w->rows + (size_t)rb0 * EM_ROW_BLOCK,
+                       (size_t)w->rows);
         return;
     }
 }
@@ -81,7 +82,8 @@ int em_linear(em_pool *p, const float *x, int n, const em_matrix *const *w, floa
     em_quantize_all(p, isa, x, n, w[0]->cols, acts);
     linear_ctx ctx = {isa, acts, n, w, y, count, em_ceil_div(n, TOKEN_TILE)};
     int chunks = 0;
-    for (int m = 0; m < count; m++) chunks += em_ceil_div(em_ceil_div(w[m]->rows, EM_ROW_BLOCK), CHUNK_BLOCKS);
+    for (int m = 0; m < count; m++)
+        chunks += em_ceil_div(em_ceil_div(w[m]->rows, EM_ROW_BLOCK), CHUNK_BLOCKS);
     em_pool_run(p, linear_task, &ctx, chunks * ctx.token_tiles);
     em_pool_unlock(p);
     return EM_OK;

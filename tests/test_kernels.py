@@ -42,16 +42,16 @@ def activations(rng: np.random.Generator, n: int, cols: int) -> np.ndarray:
 @pytest.mark.parametrize("level", LEVEL_INDICES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("group", [32, 128, 256])
-def test_integer_accumulators_are_exact(isa: str, level: int, shape: tuple[int, int], group: int) -> None:
+def test_integer_accumulators_are_exact(
+    isa: str, level: int, shape: tuple[int, int], group: int
+) -> None:
     rng = np.random.default_rng(hash((level, shape, group)) & 0xFFFF)
     layout = dense_layout(*shape, QuantSpec(group_size=group))
     pool = kernels.new_pool(1)
     for fill in ("random", "max", "edges"):
         segments, coded = random_record(layout, rng, fill)
         x = activations(rng, 4, shape[1])
-        q, scale, dots = kernels.accumulate(
-            pool, x, NestedMatrix.of(layout, segments[: level + 1])
-        )
+        q, scale, dots = kernels.accumulate(pool, x, NestedMatrix.of(layout, segments[: level + 1]))
         want_q, want_scale, want = reference.accumulate(x, coded[level][0])
         assert np.array_equal(q, want_q)
         assert np.array_equal(scale, want_scale)
@@ -153,6 +153,18 @@ def test_rmsnorm(isa: str, d: int, n: int, pool: kernels.Pool) -> None:
     close(kernels.rmsnorm(pool, x, w, 1e-6), reference.rmsnorm(x, w, 1e-6))
 
 
+@pytest.mark.parametrize("d", [1, 8, 37])
+def test_silu_mul(isa: str, d: int) -> None:
+    rng = np.random.default_rng(d)
+    gate = rng.standard_normal((9, d)).astype(np.float32) * 20
+    gate[0] = [-1e4, 1e4, 0.0][d % 3]
+    up = rng.standard_normal((9, d)).astype(np.float32)
+    want = reference.silu_mul(gate, up)
+    got = kernels.silu_mul(gate, up)
+    assert got is gate
+    assert (np.abs(got - want) <= 1e-6 * np.abs(want) + 1e-35).all()
+
+
 @pytest.mark.parametrize("d", [2, 64, 128])
 @pytest.mark.parametrize("n", [1, 300])
 def test_rope(d: int, n: int, pool: kernels.Pool) -> None:
@@ -242,7 +254,10 @@ def test_bits_do_not_depend_on_isa_or_threads() -> None:
         for threads in (1, 2, 5):
             got = [a.view(np.uint32) for a in _outputs(threads)]
             base = got if base is None else base
-            assert all(np.array_equal(a, b) for a, b in zip(base, got, strict=True)), (name, threads)
+            assert all(np.array_equal(a, b) for a, b in zip(base, got, strict=True)), (
+                name,
+                threads,
+            )
     kernels.set_isa(before)
 
 

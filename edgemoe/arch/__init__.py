@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError, shown
 from . import olmoe, qwen3_moe
-from .common import Family, token_ids
+from .common import ConfigReader, Family
 from .tensors import EXPERT_PARTS, ExpertPart, TensorNames, dense_shapes, is_nested
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -22,13 +22,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 __all__ = [
     "EXPERT_PARTS",
     "FAMILIES",
+    "ConfigReader",
     "ExpertPart",
     "Family",
     "TensorNames",
     "dense_shapes",
     "find_family",
     "is_nested",
-    "token_ids",
 ]
 
 

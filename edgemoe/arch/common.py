@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,9 +64,7 @@ class ConfigReader:
         advice = ADVICE.get(key, "a model that needs it cannot be run")
         return UnsupportedError(f"{self.where}: {key} = {value} is not supported; {advice}")
 
-    def integer(
-        self, key: str, *, least: int = 1, most: int, default: int | None = None
-    ) -> int:
+    def integer(self, key: str, *, least: int = 1, most: int, default: int | None = None) -> int:
         """An integer in [least, most]; null or absent gives `default`, an error without one."""
         self._seen.add(key)
         value = self.raw.get(key)
@@ -111,6 +108,15 @@ class ConfigReader:
             raise self.bad(key, "true or false")
         return value
 
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """Token ids from an id, a list of ids or null, each once, in the order given."""
+        self._seen.add(key)
+        value = self.raw.get(key)
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int and 0 <= i < MAX_CONTEXT for i in listed):
+            raise self.bad(key, "a token id, a list of token ids or null")
+        return tuple(dict.fromkeys(listed))
+
     def only(self, key: str, *allowed: Any) -> None:
         """The key may be absent or have one of the values `allowed`."""
         self._seen.add(key)
@@ -131,9 +137,11 @@ class ConfigReader:
     def finish(self) -> None:
         """Refuse keys nobody asked for, unless they are known to change nothing."""
         for key in self.raw:
+            if key in self._seen or key in INERT_KEYS:
+                continue
             if key in FIXED_KEYS:
                 self.only(key, *FIXED_KEYS[key])
-            elif key not in self._seen and key not in INERT_KEYS:
+            else:
                 value = shown(repr(self.raw[key]))
                 raise UnsupportedError(
                     f"{self.where}: unknown key {shown(key)} = {value}; edgemoe cannot tell what"
@@ -197,7 +205,7 @@ def base_config(
         ),
         tie_word_embeddings=keys.flag("tie_word_embeddings", default=False),
         bos_token_id=keys.optional_integer("bos_token_id", most=MAX_CONTEXT),
-        eos_token_ids=token_ids(keys.raw.get("eos_token_id"), "eos_token_id", keys),
+        eos_token_ids=keys.token_ids("eos_token_id"),
     )
 
 
@@ -248,9 +256,7 @@ def dense_layers(keys: ConfigReader, layers: int) -> tuple[int, ...]:
     step = keys.integer("decoder_sparse_step", most=MAX_LAYERS, default=1)
     keys.skip("mlp_only_layers")
     listed = keys.raw.get("mlp_only_layers") or []
-    if not isinstance(listed, list) or not all(
-        type(i) is int and 0 <= i < layers for i in listed
-    ):
+    if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < layers for i in listed):
         raise keys.bad("mlp_only_layers", f"a list of layer indices below {layers}")
     only = frozenset(listed)
     dense = tuple(i for i in range(layers) if i in only or (i + 1) % step)
@@ -278,14 +284,3 @@ def sliding_window(keys: ConfigReader, layers: int) -> int | None:
     if keys.has("layer_types"):
         raise keys.unsupported("layer_types")
     return window
-
-
-def token_ids(value: Any, key: str, keys: ConfigReader) -> tuple[int, ...]:
-    """Token ids from an integer, a list of integers or null, each once, in the order given."""
-    keys.skip(key)
-    if value is None:
-        return ()
-    listed = value if isinstance(value, list) else [value]
-    if not all(type(i) is int and 0 <= i < MAX_CONTEXT for i in listed):
-        raise keys.bad(key, "a token id, a list of token ids or null")
-    return tuple(dict.fromkeys(listed))

@@ -90,7 +90,8 @@ def _multiplier(s: F32, o: F32) -> np.float32:
     if not math.isfinite(peak):
         raise UsageError("scales and offsets must be finite")
     exponent = math.frexp(peak)[1] if peak else 15
-    return np.float32(math.ldexp(1.0, max(exponent - 15, -126)))
+    multiplier: np.float32 = np.float32(2.0 ** max(exponent - 15, -126))
+    return multiplier
 
 
 def pack_scales(matrix: MatrixLayout, s: F32, o: F32) -> U8:
@@ -163,18 +164,34 @@ def pack_record(
         for i, segment in enumerate(segments):
             at = int(layout.part_offsets[i, m, 0])
             segment[at : at + matrix.scale_bytes] = pack_scales(matrix, *scales[m][i])
-        for first, stop in row_chunks(matrix):
-            for i, plane in enumerate(pack_rows(codes[m][first:stop], levels)):
-                at = plane_offset(layout, i, m, first)
-                segments[i][at : at + plane.size] = plane
+        for i, at, data in plane_pieces(layout, m, 0, codes[m]):
+            segments[i][at : at + data.size] = data
     return segments
 
 
-def row_chunks(matrix: MatrixLayout) -> Iterator[tuple[int, int]]:
-    """(first, stop) rows of runs of whole row blocks, about half a million codes each."""
+def plane_pieces(
+    layout: RecordLayout, m: int, first_row: int, codes: U8
+) -> Iterator[tuple[int, int, U8]]:
+    """The plane bytes of a run of rows of matrix m, for writing a record piece by piece.
+
+    Args:
+        first_row: a multiple of 8. codes: uint8 [rows, cols], whole row blocks but for the last of
+            the matrix.
+
+    Yields:
+        (level index, offset in that segment, uint8 bytes).
+    """
+    matrix = layout.matrices[m]
+    for first, stop in row_chunks(matrix, len(codes)):
+        for i, data in enumerate(pack_rows(codes[first:stop], layout.quant.levels)):
+            yield i, plane_offset(layout, i, m, first_row + first), data
+
+
+def row_chunks(matrix: MatrixLayout, rows: int) -> Iterator[tuple[int, int]]:
+    """(first, stop) of runs of whole row blocks in `rows` rows, about half a million codes each."""
     step = max(_CHUNK_CODES // (matrix.units * UNIT * ROW_BLOCK), 1) * ROW_BLOCK
-    for first in range(0, matrix.rows, step):
-        yield first, min(first + step, matrix.rows)
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
 
 
 def plane_offset(layout: RecordLayout, level_index: int, m: int, row: int) -> int:
@@ -193,9 +210,9 @@ def _check_segments(layout: RecordLayout, segments: Sequence[U8], level_index: i
         )
 
 
-def unpack_codes(layout: RecordLayout, segments: Sequence[NDArray[np.uint8]], level_index: int) -> (
-    list[U8]
-):
+def unpack_codes(
+    layout: RecordLayout, segments: Sequence[NDArray[np.uint8]], level_index: int
+) -> list[U8]:
     """Codes at one level, from segments 0..level_index: uint8 [rows, cols] a matrix, < 2**bits.
 
     Raises:
@@ -206,7 +223,7 @@ def unpack_codes(layout: RecordLayout, segments: Sequence[NDArray[np.uint8]], le
     out = []
     for m, matrix in enumerate(layout.matrices):
         codes = np.empty((matrix.rows, matrix.cols), np.uint8)
-        for first, stop in row_chunks(matrix):
+        for first, stop in row_chunks(matrix, matrix.rows):
             planes = []
             for i, bits in enumerate(added):
                 at = plane_offset(layout, i, m, first)

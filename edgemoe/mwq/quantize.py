@@ -23,8 +23,11 @@ from ..types import F32, U8, QuantSpec
 _CHUNK_WEIGHTS = 1 << 17
 """Weights in flight: float32 temporaries of this size stay in a core's L2 cache."""
 
-_SMALLEST_SPAN, _LARGEST_SPAN = 2.0**-110, 2.0**126
-"""Ranges of a group between which float32 arithmetic neither underflows nor overflows."""
+_SMALLEST_SPAN = 2.0**-110
+"""Range of a group below which the arithmetic needs float64, because float32 would underflow."""
+
+_LARGEST_SPAN = 2.0**127
+"""Range of a group above which s * code could leave float32 when a kernel decodes it."""
 
 _Float = NDArray[Any]
 
@@ -33,7 +36,7 @@ def quantize_matrix(w: F32, quant: QuantSpec) -> tuple[U8, list[tuple[F32, F32]]
     """Quantize one matrix, or any run of its rows (rows do not influence one another).
 
     Args:
-        w: float32 [rows, cols], finite.
+        w: float32 [rows, cols].
         quant: levels and group size.
 
     Returns:
@@ -41,7 +44,7 @@ def quantize_matrix(w: F32, quant: QuantSpec) -> tuple[U8, list[tuple[F32, F32]]
         w ~ s * (code >> (8 - level)) + o. A group without spread gets s = 0.
 
     Raises:
-        UsageError: w is not a float32 matrix, or holds NaN or infinity.
+        UsageError: w is not a float32 matrix, or holds NaN, infinity or values beyond 1e38.
     """
     if w.dtype != np.float32 or w.ndim != 2 or 0 in w.shape:
         raise UsageError(f"a float32 matrix is needed, not {w.dtype} of shape {w.shape}")
@@ -71,13 +74,13 @@ def quantize_matrix(w: F32, quant: QuantSpec) -> tuple[U8, list[tuple[F32, F32]]
 def _quantize_groups(x: F32, levels: tuple[int, ...]) -> tuple[U8, NDArray[np.float64]]:
     """Codes uint8 [n, width] and fits float64 [levels, 2, n] of n groups x float32 [n, width]."""
     low, high = x.min(axis=1), x.max(axis=1)
-    span = high.astype(np.float64) - low
-    if not np.isfinite(span).all():
-        raise UsageError("weights hold NaN or infinity: they cannot be quantized")
+    span = np.subtract(high, low, dtype=np.float64)
+    if not (span <= _LARGEST_SPAN).all():  # NaN compares false
+        raise UsageError("weights hold NaN, infinity or values beyond 1e38: not a trained model")
     flat = span == 0
-    # subnormal or near-overflow groups are rare: their chunk takes the same path in float64
-    extreme = ((span < _SMALLEST_SPAN) & ~flat) | (span > _LARGEST_SPAN)
-    dtype: type[np.floating[Any]] = np.float64 if extreme.any() else np.float32
+    # groups of subnormal weights are rare: their chunk takes the same path in float64
+    tiny = (span < _SMALLEST_SPAN) & ~flat
+    dtype: type[np.floating[Any]] = np.float64 if tiny.any() else np.float32
     inverse = np.divide(255.0, span, out=np.zeros_like(span), where=~flat).astype(dtype)
     t: _Float = np.subtract(x, low[:, None], dtype=dtype)
     t *= inverse[:, None]  # position in the group's range, 0..255
@@ -103,4 +106,5 @@ def _quantize_groups(x: F32, levels: tuple[int, ...]) -> tuple[U8, NDArray[np.fl
 def _round_to_stored(s: NDArray[np.float64]) -> NDArray[np.float64]:
     """Nearest values of 11 significant bits, ties to even: what float16 keeps of them."""
     mantissa, exponent = np.frexp(s)
-    return np.ldexp(np.rint(mantissa * 2048.0), exponent - 11)
+    rounded: NDArray[np.float64] = np.ldexp(np.rint(mantissa * 2048.0), exponent - 11)
+    return rounded

@@ -10,12 +10,22 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import OutputError, StoreError, UsageError
-from .kernels import crc32c
-from .layout import PART_ALIGN, RecordLayout, align_up, dense_layout
-from .store_file import AtomicFile, as_bytes, crc_of_file, reporting, write_exactly
-from .store_header import (
+from ..errors import OutputError, UsageError
+from ..kernels import crc32c
+from ..layout import PART_ALIGN, RecordLayout, align_up, dense_layout
+from ..types import F32, U8, ModelConfig, QuantSpec
+from .checks import (
+    check_complete,
+    check_config,
+    check_metadata,
+    check_quant,
+    check_section_name,
+    check_section_size,
+)
+from .file import AtomicFile, as_bytes, crc_of_file, reporting, write_exactly
+from .header import (
     DATA_START,
+    MAGIC,
     Header,
     SectionEntry,
     Superblock,
@@ -23,30 +33,27 @@ from .store_header import (
     make_entry,
     tensor_shapes,
 )
-from .store_parse import (
-    check_complete,
-    check_config,
-    check_metadata,
-    check_quant,
-    check_section_name,
-    parse_header,
-)
-from .types import F32, U8, ModelConfig, QuantSpec
+from .parse import parse_header
 
 
-class NestedWriter:
-    """One nested tensor written piece by piece; from StoreWriter.open_nested.
+def expert_name(layer: int, expert: int) -> str:
+    """What messages call an expert."""
+    return f"layer {layer} expert {expert}"
+
+
+class RecordWriter:
+    """One record written piece by piece; from StoreWriter.open_expert or open_nested.
 
     Attributes:
-        layout: the tensor's record; gives the offset of every part in its segment.
+        layout: of the record; gives the offset of every part in its segment.
     """
 
-    def __init__(self, owner: StoreWriter, entry: TensorEntry, layout: RecordLayout) -> None:
+    def __init__(self, owner: StoreWriter, what: str, layout: RecordLayout, base: int) -> None:
         self.layout = layout
-        self._owner, self._entry = owner, entry
-        matrix = layout.matrices[0]
+        self.what = what
+        self._owner, self._base = owner, base
         self._left = [  # what no part covers is padding, zero already
-            matrix.scale_bytes + matrix.plane_bytes(layout.added_bits(i))
+            sum(m.scale_bytes + m.plane_bytes(layout.added_bits(i)) for m in layout.matrices)
             for i in range(len(layout.segment_sizes))
         ]
 
@@ -54,23 +61,23 @@ class NestedWriter:
         """Write bytes of one segment at this offset in it; every byte once, in any order."""
         flat = as_bytes(data)
         if not 0 <= offset <= self.layout.segment_sizes[level_index] - flat.size:
-            raise UsageError(f"{self._entry.name}: {flat.size} bytes at {offset} leave the segment")
-        at = self._entry.offset + self.layout.segment_offsets[level_index] + offset
+            raise UsageError(f"{self.what}: {flat.size} bytes at {offset} leave the segment")
+        at = self._base + self.layout.segment_offsets[level_index] + offset
         self._owner._put(flat, at)
         self._left[level_index] -= flat.size
 
     def close(self) -> None:
-        """Take the checksums. UsageError if bytes are missing."""
+        """Take the checksums; the record is done. UsageError if bytes are missing."""
         if any(self._left):
-            raise UsageError(f"{self._entry.name}: {self._left} bytes a segment were not written")
-        self._owner._close_nested(self._entry)
+            raise UsageError(f"{self.what}: {self._left} bytes a segment were not written")
+        self._owner._close_record(self.what, self.layout, self._base)
 
 
 class StoreWriter:
     """Writes a new store; a context manager. Nothing is at `path` until `commit` returns.
 
     Args:
-        path: the file to make; an existing one is replaced at commit.
+        path: the file to make; an existing store is replaced at commit.
         config, quant: what is stored; decides every size and the set of tensors.
         metadata: free strings for `inspect`.
 
@@ -98,14 +105,11 @@ class StoreWriter:
             config, quant, DATA_START, {}, table, {}, (), check_metadata(metadata)
         )
         layout = self._header.expert_layout
-        self._ordinals = {layer: i for i, layer in enumerate(config.moe_layers)}
-        count = self._header.expert_count
-        self._expert_crcs = np.zeros((count, len(quant.levels)), "<u4")
-        self._expert_done = np.zeros(count, np.bool_)
-        self._end = align_up(DATA_START, layout.alignment) + count * layout.stride
+        self._begun: set[str] = set()
+        self._end = DATA_START + self._header.expert_count * layout.stride
         everything = [make_entry(self._shapes, quant, name, 0) for name in self._shapes]
         self._size = self._end + sum(align_up(t.size, t.alignment) for t in everything)
-        self._file = AtomicFile(path)
+        self._file = AtomicFile(path, MAGIC)
         try:
             self._check_room()
         except BaseException:
@@ -124,49 +128,64 @@ class StoreWriter:
         self._file.discard()
 
     def _check_room(self) -> None:
-        with reporting(self._file.path):
+        with reporting(self._file.where):
             disk = os.fstatvfs(self._file.fd)
         free = disk.f_bavail * disk.f_frsize
         if self._size > free:
             raise OutputError(
-                f"cannot write {self._file.path}: it needs {self._size} bytes and the disk has "
+                f"cannot write {self._file.where}: it needs {self._size} bytes and the disk has "
                 f"{free} free: No space left on device; free {self._size - free} bytes or choose "
                 "another place"
             )
 
     def _put(self, data: U8, offset: int) -> None:
-        with reporting(self._file.path, self._size):
-            write_exactly(self._file.fd, memoryview(data), offset)
+        with reporting(self._file.where, self._file.fd, self._size):
+            write_exactly(self._file.fd, data.data, offset)
 
-    def _put_segments(
-        self, what: str, layout: RecordLayout, base: int, segments: Iterable[bytes | U8]
-    ) -> list[int]:
-        crcs: list[int] = []
+    def _write_segments(
+        self, record: RecordWriter, segments: Iterable[bytes | NDArray[np.uint8]]
+    ) -> None:
+        layout, crcs = record.layout, []
         for i, data in enumerate(segments):
             flat = as_bytes(data)
             if i >= len(layout.segment_sizes) or flat.size != layout.segment_sizes[i]:
-                raise UsageError(f"{what}: segment {i} of {flat.size} bytes does not fit its shape")
-            self._put(flat, base + layout.segment_offsets[i])
+                raise UsageError(
+                    f"{record.what}: segment {i} of {flat.size} bytes does not fit its shape"
+                )
+            record.write(i, 0, flat)
             crcs.append(crc32c(flat))
         if len(crcs) != len(layout.segment_sizes):
-            raise UsageError(f"{what}: {len(crcs)} segments instead of {len(layout.segment_sizes)}")
-        return crcs
+            raise UsageError(
+                f"{record.what}: {len(crcs)} segments instead of {len(layout.segment_sizes)}"
+            )
+        self._crcs[record.what] = crcs
+
+    def _close_record(self, what: str, layout: RecordLayout, base: int) -> None:
+        fd, where = self._file.fd, self._file.where
+        pairs = zip(layout.segment_offsets, layout.segment_sizes, strict=True)
+        self._crcs[what] = [crc_of_file(fd, base + offset, size, where) for offset, size in pairs]
+
+    def open_expert(self, layer: int, expert: int) -> RecordWriter:
+        """Begin an expert that is written in pieces; close it before commit.
+
+        Experts may come in any order.
+        """
+        config = self._header.config
+        if layer not in config.moe_layers or not 0 <= expert < config.num_experts:
+            raise UsageError(f"the model has no expert {expert} in layer {layer}")
+        what = expert_name(layer, expert)
+        if what in self._begun:
+            raise UsageError(f"{what} was written before")
+        self._begun.add(what)
+        index = config.moe_layers.index(layer) * config.num_experts + expert
+        layout = self._header.expert_layout
+        return RecordWriter(self, what, layout, self._header.experts_offset + index * layout.stride)
 
     def write_expert(
         self, layer: int, expert: int, segments: Iterable[bytes | NDArray[np.uint8]]
     ) -> None:
-        """Write one expert, segments in level order. Experts may come in any order."""
-        experts = self._header.config.num_experts
-        if layer not in self._ordinals or not 0 <= expert < experts:
-            raise UsageError(f"the model has no expert {expert} in layer {layer}")
-        index = self._ordinals[layer] * experts + expert
-        if self._expert_done[index]:
-            raise UsageError(f"expert {expert} of layer {layer} was written before")
-        layout = self._header.expert_layout
-        base = self._header.experts_offset + index * layout.stride
-        what = f"expert {expert} of layer {layer}"
-        self._expert_crcs[index] = self._put_segments(what, layout, base, segments)
-        self._expert_done[index] = True
+        """Write one expert at once, segments in level order."""
+        self._write_segments(self.open_expert(layer, expert), segments)
 
     def _claim(self, name: str, kind: str, shape: tuple[int, ...]) -> TensorEntry:
         entry = make_entry(self._shapes, self._header.quant, name, 0)
@@ -181,25 +200,16 @@ class StoreWriter:
         self._end = entry.offset + entry.size
         return entry
 
-    def open_nested(self, name: str, shape: tuple[int, int]) -> NestedWriter:
+    def open_nested(self, name: str, shape: tuple[int, int]) -> RecordWriter:
         """Begin a nested tensor [rows, cols] that is written in pieces; close it before commit."""
         entry = self._claim(name, "nested", shape)
-        return NestedWriter(self, entry, dense_layout(*shape, self._header.quant))
-
-    def _close_nested(self, entry: TensorEntry) -> None:
-        with reporting(self._file.path):
-            self._crcs[entry.name] = [
-                crc_of_file(self._file.fd, offset, size, self._file.path)
-                for offset, size in entry.parts
-            ]
+        return RecordWriter(self, name, dense_layout(*shape, self._header.quant), entry.offset)
 
     def write_nested(
         self, name: str, shape: tuple[int, int], segments: Iterable[bytes | NDArray[np.uint8]]
     ) -> None:
-        """Write one nested tensor [rows, cols], segments in level order."""
-        entry = self._claim(name, "nested", shape)
-        layout = dense_layout(*shape, self._header.quant)
-        self._crcs[name] = self._put_segments(name, layout, entry.offset, segments)
+        """Write one nested tensor [rows, cols] at once, segments in level order."""
+        self._write_segments(self.open_nested(name, shape), segments)
 
     def write_f32(self, name: str, array: F32) -> None:
         """Write one float32 tensor as it is."""
@@ -212,6 +222,7 @@ class StoreWriter:
         """Add a named section; written at commit, in the order of the calls."""
         if check_section_name(name) in self._sections:
             raise UsageError(f"section {name} was added before")
+        check_section_size(name, len(data))
         self._sections[name] = bytes(data)
 
     def commit(self) -> None:
@@ -220,17 +231,13 @@ class StoreWriter:
         Raises:
             StoreError: experts or tensors are missing.
         """
-        header = self._header
-        if not self._expert_done.all():
-            missing = int(np.argmin(self._expert_done))
-            layer = header.config.moe_layers[missing // header.config.num_experts]
-            raise StoreError(
-                f"cannot finish {self._file.path}: expert {missing % header.config.num_experts} of "
-                f"layer {layer} was not written"
-            )
-        check_complete(header.config, {k: v for k, v in self._tensors.items() if k in self._crcs})
-        dense = [crc for name in self._tensors for crc in self._crcs[name]]
-        table = np.concatenate([self._expert_crcs.reshape(-1), np.array(dense, "<u4")])
+        header, config = self._header, self._header.config
+        experts = [
+            expert_name(layer, e) for layer in config.moe_layers for e in range(config.num_experts)
+        ]
+        check_complete([*experts, *self._shapes], self._crcs)
+        crcs = [crc for what in (*experts, *self._tensors) for crc in self._crcs[what]]
+        table = np.array(crcs, "<u4")
         sections: dict[str, SectionEntry] = {}
         table_at = self._append(table.tobytes())
         for name, data in self._sections.items():
@@ -243,7 +250,7 @@ class StoreWriter:
         superblock = Superblock(1, at.offset, at.size, at.crc32c, self._end)
         parse_header(raw, superblock)  # what a reader would refuse is not given out
         self._put(as_bytes(superblock.encode() * 2), 0)
-        with reporting(self._file.path, self._size):
+        with reporting(self._file.where, self._file.fd, self._size):
             self._file.commit()
 
     def _append(self, data: bytes) -> SectionEntry:

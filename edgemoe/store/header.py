@@ -16,18 +16,19 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from .errors import ChecksumError, StoreError
-from .kernels import crc32c
-from .layout import PART_ALIGN, RecordLayout, dense_layout, expert_layout
-from .types import ModelConfig, QuantSpec
+from ..arch.tensors import dense_shapes, is_nested
+from ..errors import ChecksumError, StoreError, shown
+from ..kernels import crc32c
+from ..layout import PART_ALIGN, RecordLayout, dense_layout, expert_layout
+from ..types import ModelConfig, QuantSpec
 
 MAGIC = b"EDGEMOE\0"
 VERSION = 1
 SUPERBLOCK = 4096
 DATA_START = 2 * SUPERBLOCK
 MAX_HEADER = 16 << 20
-MAX_TOKENS = 500_000
-"""Brackets, braces and commas a header may hold: bounds the time and memory of parsing it."""
+MAX_ITEMS = 250_000
+"""Brackets, braces and commas a header may hold; bounds the time and memory of parsing it."""
 
 Kind: TypeAlias = Literal["nested", "f32"]
 TensorShapes: TypeAlias = dict[str, tuple[Kind, tuple[int, ...]]]
@@ -144,36 +145,16 @@ class SectionEntry:
 
 def tensor_shapes(config: ModelConfig) -> TensorShapes:
     """Kind and shape of every tensor that a store of this model has outside the experts."""
-    h, d = config.hidden_size, config.head_dim
-    q, kv = config.num_attention_heads * d, config.num_key_value_heads * d
-    out: TensorShapes = {}
-    out["embed"] = ("nested", (config.vocab_size, h))
-    if not config.tie_word_embeddings:
-        out["lm_head"] = ("nested", (config.vocab_size, h))
-    out["norm"] = ("f32", (h,))
-    dense = set(config.dense_layers)
-    for i in range(config.num_hidden_layers):
-        p = f"layers.{i}."
-        out[p + "input_norm"] = out[p + "post_norm"] = ("f32", (h,))
-        for name, shape in (("q", (q, h)), ("k", (kv, h)), ("v", (kv, h)), ("o", (h, q))):
-            out[p + name] = ("nested", shape)
-            if config.attention_bias:
-                out[f"{p}{name}_bias"] = ("f32", shape[:1])
-        if config.qk_norm != "none":
-            out[p + "q_norm"] = ("f32", (d if config.qk_norm == "head" else q,))
-            out[p + "k_norm"] = ("f32", (d if config.qk_norm == "head" else kv,))
-        if i in dense:
-            out[p + "gate"] = out[p + "up"] = ("nested", (config.intermediate_size, h))
-            out[p + "down"] = ("nested", (h, config.intermediate_size))
-        else:
-            out[p + "router"] = ("f32", (config.num_experts, h))
-    return out
+    return {
+        name: ("nested" if is_nested(name) else "f32", shape)
+        for name, shape in dense_shapes(config).items()
+    }
 
 
 def make_entry(shapes: TensorShapes, quant: QuantSpec, name: str, offset: int) -> TensorEntry:
     """Entry of one of a model's tensors (`tensor_shapes`); StoreError for an unknown name."""
     if name not in shapes:
-        raise StoreError(f"a store of this model has no tensor {name!r}")
+        raise StoreError(f"a store of this model has no tensor {shown(name)}")
     kind, shape = shapes[name]
     layout = dense_layout(shape[0], shape[1], quant) if kind == "nested" else None
     return TensorEntry(name, kind, shape, offset, layout)
@@ -194,9 +175,7 @@ class Header:
 
     @cached_property
     def expert_layout(self) -> RecordLayout:
-        return expert_layout(
-            self.config.hidden_size, self.config.moe_intermediate_size, self.quant
-        )
+        return expert_layout(self.config.hidden_size, self.config.moe_intermediate_size, self.quant)
 
     @cached_property
     def expert_count(self) -> int:
@@ -280,9 +259,9 @@ def _tensor_json(t: TensorEntry) -> dict[str, Any]:
 
 def check_bulk(raw: bytes) -> None:
     """Refuse a header whose parsing would take much time or memory, before it is parsed."""
-    tokens = sum(raw.count(c) for c in (b"[", b"{", b","))
-    if len(raw) > MAX_HEADER or tokens > MAX_TOKENS:
+    items = sum(raw.count(c) for c in (b"[", b"{", b","))
+    if len(raw) > MAX_HEADER or items > MAX_ITEMS:
         raise StoreError(
-            f"the header has {len(raw)} bytes and {tokens} items; at most {MAX_HEADER} bytes and "
-            f"{MAX_TOKENS} items are allowed"
+            f"the header has {len(raw)} bytes and {items} items; at most {MAX_HEADER} bytes and "
+            f"{MAX_ITEMS} items are allowed"
         )

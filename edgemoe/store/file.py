@@ -19,9 +19,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import OutputError, StoreError, UsageError
-from .kernels import crc32c
-from .types import U8
+from ..errors import OutputError, StoreError, UsageError, shown
+from ..kernels import crc32c
+from ..types import U8
 
 IO_CHUNK = 4 << 20
 """Bytes a single read or write call moves at most."""
@@ -29,7 +29,7 @@ IO_CHUNK = 4 << 20
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
-def read_exactly(fd: int, out: memoryview, offset: int, path: str) -> None:
+def read_exactly(fd: int, out: memoryview, offset: int, where: str) -> None:
     """Fill `out` (bytes) from file position `offset`.
 
     Raises:
@@ -41,10 +41,10 @@ def read_exactly(fd: int, out: memoryview, offset: int, path: str) -> None:
             got = os.preadv(fd, [out[done : done + IO_CHUNK]], offset + done)
         except OSError as exc:
             at = offset + done
-            raise StoreError(f"{path}: cannot read at byte {at}: {exc.strerror}") from exc
+            raise StoreError(f"{where}: cannot read at byte {at}: {exc.strerror}") from exc
         if not got:
             raise StoreError(
-                f"{path}: truncated: ends at byte {offset + done}, {size - done} bytes are "
+                f"{where}: truncated: ends at byte {offset + done}, {size - done} bytes are "
                 "missing; copy or convert it again"
             )
         done += got
@@ -66,37 +66,39 @@ def as_bytes(data: bytes | NDArray[np.uint8]) -> U8:
     return np.ascontiguousarray(data).reshape(-1)
 
 
-def crc_of_file(fd: int, offset: int, size: int, path: str) -> int:
+def crc_of_file(fd: int, offset: int, size: int, where: str) -> int:
     """CRC32C of a run of a file, read in pieces; StoreError where it cannot be read."""
     buffer = np.empty(min(size, IO_CHUNK), np.uint8)
     crc = done = 0
     while done < size:
         piece = buffer[: min(size - done, IO_CHUNK)]
-        read_exactly(fd, memoryview(piece), offset + done, path)
+        read_exactly(fd, piece.data, offset + done, where)
         crc = crc32c(piece, crc)
         done += piece.size
     return crc
 
 
 @contextlib.contextmanager
-def reporting(path: str, needed: int = 0) -> Iterator[None]:
-    """Turn an OSError of writing `path` into a one-line OutputError.
+def reporting(where: str, fd: int = -1, size: int = 0) -> Iterator[None]:
+    """Turn an OSError of writing a file into a one-line OutputError.
 
-    needed: bytes to free that the message names when the disk is full.
+    Args:
+        where: the file, for the message.
+        fd, size: the file and the bytes it will have; a full disk is then told in bytes to free.
     """
     try:
         yield
     except OSError as exc:
-        reason = exc.strerror or str(exc)
         advice = ""
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            room = f"free {needed} bytes" if needed else "free some space"
+            missing = size - os.fstat(fd).st_blocks * 512 if size else 0
+            room = f"free {missing} bytes" if missing > 0 else "free some space"
             advice = f"; {room} or choose another place"
         elif exc.errno == errno.EFBIG:
-            advice = "; raise the file size limit (ulimit -f) or choose another place"
+            advice = "; raise the limit on file sizes (ulimit -f) or choose another place"
         elif exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             advice = "; choose a place you may write to"
-        raise OutputError(f"cannot write {path}: {reason}{advice}") from exc
+        raise OutputError(f"cannot write {where}: {exc.strerror or exc}{advice}") from exc
 
 
 def _sync_directory(directory: str) -> None:
@@ -159,34 +161,52 @@ def remove_stale(directory: str, name: str) -> None:
 
 
 class AtomicFile:
-    """A new regular file at `path`; use as a context manager. Leaving without commit removes it.
+    """A new regular file at `path`, under a temporary name until `commit`; `discard` removes it.
 
     Attributes:
         fd: open for reading and writing; write at any offset.
-        path: the target as given.
+        where: the target, for messages.
+
+    magic: the first bytes of the kind of file to be written; only such a file is replaced.
 
     Raises:
-        OutputError: no such directory, no permission, or `path` exists and is no regular file.
+        OutputError: no such directory, no permission, or something else exists under that name.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, path: str | os.PathLike[str], magic: bytes) -> None:
+        self.where = shown(path)
+        if "\0" in os.fspath(path):
+            raise OutputError(f"cannot write {self.where}: a file name cannot hold a NUL")
         # a symbolic link is kept and what it points to is replaced
-        self._target = os.path.realpath(self.path)
+        self._target = os.path.realpath(path)
         self._directory, name = os.path.split(self._target)
         if not os.path.isdir(self._directory):
             raise OutputError(
-                f"cannot write {self.path}: there is no directory {self._directory}; "
+                f"cannot write {self.where}: there is no directory {shown(self._directory)}; "
                 "create it first"
             )
         if os.path.lexists(self._target) and not stat.S_ISREG(os.lstat(self._target).st_mode):
             raise OutputError(
-                f"cannot write {self.path}: it exists and is not a file; choose another name"
+                f"cannot write {self.where}: it exists and is not a file; choose another name"
             )
-        with reporting(self.path):
+        with reporting(self.where):
+            if not self._may_replace(magic):
+                raise OutputError(
+                    f"cannot write {self.where}: it exists and is another kind of file; remove it "
+                    "or choose another name"
+                )
             remove_stale(self._directory, name)
             self.fd, self._temporary = self._create(name)
         self._open = True
+
+    def _may_replace(self, magic: bytes) -> bool:
+        """Whether the target is free, empty, or a file of the kind that is to be written."""
+        try:
+            with open(self._target, "rb") as file:
+                head = file.read(len(magic))
+        except FileNotFoundError:
+            return True
+        return head in (b"", magic)
 
     def _create(self, name: str) -> tuple[int, str]:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

@@ -6,16 +6,32 @@ passes cannot send a reader outside the file, and the runtime can trust every sh
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
-import math
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
-from .errors import StoreError
-from .layout import PART_ALIGN, UNIT, align_up
-from .store_header import (
+from ..errors import ChecksumError, StoreError, shown
+from ..kernels import crc32c
+from ..layout import PART_ALIGN, align_up
+from ..types import ModelConfig, QuantSpec
+from .checks import (
+    FLOATS,
+    MODEL_KEYS,
+    check_complete,
+    check_config,
+    check_metadata,
+    check_quant,
+    check_section_name,
+    check_section_size,
+    show,
+)
+from .file import as_bytes, read_exactly
+from .header import (
+    DATA_START,
+    MAX_HEADER,
     VERSION,
     Header,
     SectionEntry,
@@ -23,31 +39,11 @@ from .store_header import (
     TensorEntry,
     check_bulk,
     make_entry,
+    newest_superblock,
     tensor_shapes,
 )
-from .types import ModelConfig, QuantSpec
 
 MAX_INT = 1 << 62
-
-_INTS = {
-    "vocab_size": (1, 1 << 24),
-    "hidden_size": (1, 1 << 20),
-    "num_hidden_layers": (1, 1024),
-    "num_attention_heads": (1, 1 << 14),
-    "num_key_value_heads": (1, 1 << 14),
-    "head_dim": (2, 1 << 16),
-    "num_experts": (1, 1 << 16),
-    "num_experts_per_tok": (1, 1 << 16),
-    "moe_intermediate_size": (1, 1 << 20),
-    "intermediate_size": (0, 1 << 20),
-    "max_position_embeddings": (1, 1 << 31),
-    "sliding_window": (1, 1 << 31),
-    "bos_token_id": (0, 1 << 31),
-}
-_FLOATS = {"rms_norm_eps": (0.0, 1.0), "rope_theta": (1e-6, 1e15), "clip_qkv": (1e-6, 1e30)}
-_BOOLS = ("norm_topk_prob", "tie_word_embeddings", "attention_bias")
-_OPTIONAL = ("clip_qkv", "sliding_window", "bos_token_id")
-_MODEL_KEYS = tuple(f.name for f in dataclasses.fields(ModelConfig))
 _TOP_KEYS = (
     "format",
     "version",
@@ -60,6 +56,47 @@ _TOP_KEYS = (
     "dead",
     "metadata",
 )
+
+
+def read_bytes(fd: int, offset: int, size: int, where: str) -> bytes:
+    """A run of a file; StoreError where it cannot be read."""
+    data = bytearray(size)
+    read_exactly(fd, memoryview(data), offset, where)
+    return bytes(data)
+
+
+@contextlib.contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Put the file's name before the message of a StoreError that lacks it."""
+    try:
+        yield
+    except StoreError as exc:
+        if str(exc).startswith(where):
+            raise
+        raise type(exc)(f"{where}: {exc}") from None
+
+
+def load_header(fd: int, where: str) -> tuple[Superblock, Header]:
+    """Newest superblock and header of an open file, checked against each other and its length."""
+    with _naming(where):
+        size = os.fstat(fd).st_size
+        blocks = read_bytes(fd, 0, min(size, DATA_START), where).ljust(DATA_START, b"\0")
+        block = newest_superblock(blocks)
+        if block.file_length > size:
+            raise StoreError(
+                f"truncated: {size} of {block.file_length} bytes are there; copy or convert "
+                "it again"
+            )
+        end = block.header_offset + block.header_length
+        if not block.header_length <= MAX_HEADER or end != block.file_length:
+            raise StoreError(
+                f"the superblock puts a header of {block.header_length} bytes at byte "
+                f"{block.header_offset} of {block.file_length}"
+            )
+        raw = read_bytes(fd, block.header_offset, block.header_length, where)
+        if crc32c(as_bytes(raw)) != block.header_crc32c:
+            raise ChecksumError("the header is damaged; copy or convert it again")
+        return block, parse_header(raw, block)
 
 
 def parse_header(raw: bytes, superblock: Superblock) -> Header:
@@ -80,8 +117,9 @@ def parse_header(raw: bytes, superblock: Superblock) -> Header:
         where = f"sections[{i}]"
         name = check_section_name(_string(item, "name", where))
         if name in sections:
-            raise StoreError(f"{where}.name: there are two sections {name!r}")
+            raise StoreError(f"{where}.name: there are two sections {name}")
         sections[name] = _extent(item, where, name)
+        check_section_size(name, sections[name].size)
     header = Header(
         config=config,
         quant=quant,
@@ -108,7 +146,7 @@ def _load_json(raw: bytes) -> Any:
         out = dict(pairs)
         if len(out) != len(pairs):
             twice = Counter(k for k, _ in pairs).most_common(1)[0][0]
-            raise StoreError(f"the header has the key {twice[:80]!r} twice in one object")
+            raise StoreError(f"the header has the key {shown(twice, 80)} twice in one object")
         return out
 
     def constant(text: str) -> NoReturn:
@@ -128,7 +166,7 @@ def _load_json(raw: bytes) -> Any:
         )
     except (ValueError, RecursionError) as exc:
         reason = "nested too deeply" if isinstance(exc, RecursionError) else str(exc)
-        raise StoreError(f"the header is not sound JSON: {reason[:200]}") from None
+        raise StoreError(f"the header is not sound JSON: {shown(reason)}") from None
 
 
 def _check_keys(obj: Any, keys: Iterable[str], where: str) -> None:
@@ -136,7 +174,7 @@ def _check_keys(obj: Any, keys: Iterable[str], where: str) -> None:
         raise StoreError(f"{where} must be an object")
     unknown = sorted(set(obj).difference(keys))
     if unknown:
-        raise StoreError(f"{where} has an unknown key {unknown[0][:80]!r}")
+        raise StoreError(f"{where} has an unknown key {shown(unknown[0], 80)}")
     missing = [k for k in keys if k not in obj]
     if missing:
         raise StoreError(f"{where} lacks the key {missing[0]!r}")
@@ -151,21 +189,21 @@ def _member(obj: Any, key: str, where: str) -> Any:
 def _int(obj: Any, key: str, where: str, low: int = 0, high: int = MAX_INT) -> int:
     value = _member(obj, key, where)
     if type(value) is not int or not low <= value <= high:
-        raise StoreError(f"{where}.{key} is {_show(value)}, must be an integer {low}..{high}")
+        raise StoreError(f"{where}.{key} is {show(value)}, must be an integer {low}..{high}")
     return value
 
 
 def _string(obj: Any, key: str, where: str) -> str:
     value = _member(obj, key, where)
     if not isinstance(value, str):
-        raise StoreError(f"{where}.{key} is {_show(value)}, must be a string")
+        raise StoreError(f"{where}.{key} is {show(value)}, must be a string")
     return value
 
 
 def _list(obj: Any, key: str, where: str) -> list[Any]:
     value = _member(obj, key, where)
     if not isinstance(value, list):
-        raise StoreError(f"{key} is {_show(value)}, must be a list")
+        raise StoreError(f"{key} is {show(value)}, must be a list")
     return value
 
 
@@ -178,118 +216,23 @@ def _extent(obj: Any, where: str, name: str) -> SectionEntry:
     )
 
 
-def _show(value: object) -> str:
-    text = repr(value) if not isinstance(value, (dict, list)) else f"a {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _parse_model(raw: Any) -> ModelConfig:
-    _check_keys(raw, _MODEL_KEYS, "model")
+    _check_keys(raw, MODEL_KEYS, "model")
     values = dict(raw)
     for key in ("dense_layers", "eos_token_ids"):
         items = _list(raw, key, "model")
         if any(type(v) is not int for v in items):
             raise StoreError(f"model.{key} must be a list of integers")
         values[key] = tuple(items)
-    for key in _FLOATS:
+    for key in FLOATS:
         if type(values[key]) is int:
             values[key] = float(values[key])
     return ModelConfig(**values)
 
 
-def check_config(config: ModelConfig) -> ModelConfig:
-    """The same config, if a store can hold such a model.
-
-    Raises:
-        StoreError: a field has the wrong type, is out of range or contradicts another.
-    """
-    values = {key: getattr(config, key) for key in _MODEL_KEYS}
-
-    def bad(key: str, must: str) -> StoreError:
-        return StoreError(f"model.{key} is {_show(values[key])}, must be {must}")
-
-    for key, (low, high) in _INTS.items():
-        value = values[key]
-        if value is None and key in _OPTIONAL:
-            continue
-        if type(value) is not int or not low <= value <= high:
-            raise bad(key, f"an integer {low}..{high}")
-    for key, (least, most) in _FLOATS.items():
-        value = values[key]
-        if value is None and key in _OPTIONAL:
-            continue
-        if type(value) is not float or not math.isfinite(value) or not least <= value <= most:
-            raise bad(key, f"a number {least}..{most}")
-    for key in _BOOLS:
-        if type(values[key]) is not bool:
-            raise bad(key, "true or false")
-    if not isinstance(config.model_type, str) or not config.model_type.isidentifier():
-        raise bad("model_type", "a name")
-    if config.qk_norm not in ("none", "head", "full"):
-        raise bad("qk_norm", "none, head or full")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise bad("num_key_value_heads", f"a divisor of {config.num_attention_heads}")
-    if config.num_experts_per_tok > config.num_experts:
-        raise bad("num_experts_per_tok", f"at most {config.num_experts}")
-    layers = range(config.num_hidden_layers)
-    dense = config.dense_layers
-    if len(dense) > len(layers) or list(dense) != sorted({i for i in dense if i in layers}):
-        raise bad("dense_layers", f"ascending layer numbers below {config.num_hidden_layers}")
-    if dense and not config.intermediate_size:
-        raise bad("intermediate_size", "positive, because there are dense layers")
-    if any(type(i) is not int or not 0 <= i <= 1 << 31 for i in config.eos_token_ids):
-        raise bad("eos_token_ids", "token ids")
-    return config
-
-
 def _parse_quant(raw: Any) -> QuantSpec:
     levels = _list(raw, "levels", "quant")
     return QuantSpec(tuple(levels), _int(raw, "group_size", "quant"))
-
-
-def check_quant(quant: QuantSpec) -> QuantSpec:
-    """The same spec, if the format can hold it: levels rise by 1 or 2 bits and end at 8.
-
-    Raises:
-        StoreError: it cannot.
-    """
-    levels = quant.levels
-    sound = (
-        bool(levels)
-        and all(type(b) is int for b in levels)
-        and all(b - a in (1, 2) for a, b in zip((0, *levels), levels, strict=False))
-        and levels[-1] == 8
-    )
-    if not sound:
-        raise StoreError(
-            f"quant.levels is {_show(levels)}, must rise from 0 in steps of 1 or 2 bits up to 8"
-        )
-    if quant.group_size % UNIT or not UNIT <= quant.group_size <= 4096:
-        raise StoreError(
-            f"quant.group_size is {quant.group_size}, must be a multiple of {UNIT} up to 4096"
-        )
-    return quant
-
-
-def check_section_name(name: str) -> str:
-    """The same name, if a section may have it: 1 to 200 printable ASCII characters."""
-    if not (0 < len(name) <= 200 and name.isascii() and name.isprintable()):
-        raise StoreError(f"a section is named {_show(name)}: 1 to 200 printable ASCII characters")
-    return name
-
-
-def check_metadata(metadata: Any) -> dict[str, str]:
-    """The same mapping, if it maps strings to strings that UTF-8 can hold."""
-    if not isinstance(metadata, dict):
-        raise StoreError("metadata must be an object")
-    for key, value in metadata.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise StoreError(f"metadata[{_show(key)}] must be a string")
-        try:
-            (key + value).encode()
-        except UnicodeEncodeError:
-            raise StoreError(f"metadata[{_show(key)}] is not valid Unicode") from None
-    return metadata
 
 
 def _parse_tensors(
@@ -300,17 +243,10 @@ def _parse_tensors(
     for i, item in enumerate(items):
         name = _string(item, "name", f"tensors[{i}]")[:200]
         if name in out:
-            raise StoreError(f"tensors[{i}]: there are two tensors {name!r}")
+            raise StoreError(f"tensors[{i}]: there are two tensors {shown(name)}")
         out[name] = make_entry(shapes, quant, name, _int(item, "offset", f"tensors[{i}]"))
-    check_complete(config, out)
+    check_complete(shapes, out)
     return out
-
-
-def check_complete(config: ModelConfig, names: dict[str, TensorEntry]) -> None:
-    """Raise StoreError if a tensor that this model needs is not among `names`."""
-    missing = [name for name in tensor_shapes(config) if name not in names]
-    if missing:
-        raise StoreError(f"{len(missing)} of the model's tensors are missing, first {missing[0]!r}")
 
 
 def _parse_dead(items: list[Any]) -> tuple[tuple[int, int], ...]:
@@ -335,7 +271,7 @@ def _difference(got: Any, want: Any, where: str) -> str:
         same_type = type(got) is type(want) or (type(got) is int and type(want) is float)
         if same_type and got == want:
             return ""
-        return f"{where} is {_show(got)}, must be {_show(want)}"
+        return f"{where} is {show(got)}, must be {show(want)}"
     return next((text for text in found if text), "")
 
 

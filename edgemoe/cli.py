@@ -1,0 +1,341 @@
+"""The command line: what the arguments mean, what `--help` teaches, and how a run ends.
+
+Commands import what they need when they run, so that `edgemoe --help` is immediate. Text goes to
+stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted,
+141 the reader of stdout went away.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import EdgeMoEError, UsageError
+
+# types.LEVELS; importing it here would cost the import of NumPy
+_LEVELS = ("2", "3", "4", "6", "8")
+_LEVEL = "{" + ",".join(_LEVELS) + "}"
+_ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
+
+
+def number(
+    low: float, high: float, *, whole: bool = False, above: bool = False
+) -> Callable[[click.Context, click.Parameter, str | None], float | None]:
+    """A callback that takes numbers from `low` to `high`, and answers others with the range.
+
+    whole: only whole numbers. above: `low` itself is too low.
+    """
+
+    def check(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+        if value is None:
+            return None
+        try:
+            number: float = int(value) if whole else float(value)
+        except ValueError:
+            number = float("nan")
+        if low <= number <= high and not (above and number == low):
+            return number
+        kind = "a whole number" if whole else "a number"
+        start = f"above {low}" if above else f"from {low}"
+        raise click.BadParameter(f"must be {kind} {start} to {high}, not {value}")
+
+    return check
+
+
+def level(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """A callback that takes the bit-widths of a store."""
+    if value is None or value in _LEVELS:
+        return None if value is None else int(value)
+    allowed = ", ".join(_LEVELS[:-1]) + f" or {_LEVELS[-1]}"
+    raise click.BadParameter(f"must be {allowed}, not {value}")
+
+
+def size(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """A callback that takes memory sizes and leaves them as they are."""
+    from .loader.budget import parse_size
+
+    try:
+        parse_size(value)
+    except UsageError as error:
+        raise click.BadParameter(str(error)) from None
+    return value
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Examples:
+  edgemoe run "Once upon a time"                 the bundled model, offline
+  edgemoe convert OLMoE-1B-7B olmoe.emoe         a downloaded checkpoint, once
+  edgemoe run olmoe.emoe "Why is the sky blue?" --mem 4G
+  edgemoe inspect olmoe.emoe --verify
+""",
+)
+@click.version_option(__version__, "-V", "--version", message="edgemoe %(version)s")
+def cli() -> None:
+    """Run Mixture-of-Experts language models with less memory than they need."""
+
+
+@cli.command(
+    short_help="Continue a prompt, or chat.",
+    epilog="""\b
+Examples:
+  edgemoe run "Once upon a time"                 a prompt for the bundled model
+  edgemoe run olmoe.emoe "Why is the sky blue?"  a model and a prompt
+  edgemoe run olmoe.emoe --mem 4G                an interactive conversation
+  cat letter.txt | edgemoe run olmoe.emoe        the prompt from a pipe
+  edgemoe run -p tale.emoe                       a prompt that looks like a file
+  edgemoe run --json --temp 0 --mem 512M "Hi" | jq .decode_tok_s
+""",
+)
+@click.argument("model_arg", metavar="[MODEL]", required=False)
+@click.argument("prompt_arg", metavar="[PROMPT]", required=False)
+@click.option("-m", "--model", metavar="MODEL", help="The model, whatever its name looks like.")
+@click.option("-p", "--prompt", metavar="TEXT", help="The prompt, whatever it looks like.")
+@click.option("--raw", is_flag=True, help="Skip the model's chat template.")
+@click.option(
+    "--mem",
+    callback=size,
+    metavar="SIZE",
+    default="auto",
+    show_default=True,
+    help="Ceiling on all memory: 512M, 8G, 8GB, 8GiB; auto takes 70 % of what is free.",
+)
+@click.option(
+    "--bits",
+    callback=level,
+    metavar=_LEVEL,
+    help="Bits of the experts.  [default: the most that fit]",
+)
+@click.option(
+    "--dense-bits",
+    callback=level,
+    metavar=_LEVEL,
+    help="Bits of all other matrices.  [default: 8 with --bits 8, else 6]",
+)
+@click.option(
+    "-n",
+    "--max-tokens",
+    callback=number(1, 2**31 - 1, whole=True),
+    metavar="N",
+    default="256",
+    show_default=True,
+    help="Most tokens to generate.",
+)
+@click.option(
+    "-c",
+    "--ctx-size",
+    callback=number(1, 2**31 - 1, whole=True),
+    metavar="N",
+    help="Most tokens of prompt and answer together.  [default: what they need, in steps of 256; "
+    "interactive 4096; at most the model's]",
+)
+@click.option(
+    "-t",
+    "--threads",
+    callback=number(1, 1024, whole=True),
+    metavar="N",
+    help="Threads that compute.  [default: the CPUs this process may use]",
+)
+@click.option(
+    "--temp",
+    "temperature",
+    callback=number(0, 100),
+    metavar="X",
+    help="Temperature; 0 always takes the likeliest token.",
+)
+@click.option(
+    "--top-k",
+    callback=number(0, 2**31 - 1, whole=True),
+    metavar="N",
+    help="Draw from the N likeliest tokens; 0 from all.",
+)
+@click.option(
+    "--top-p",
+    callback=number(0, 1, above=True),
+    metavar="X",
+    help="Draw from the likeliest tokens that sum to this probability.",
+)
+@click.option(
+    "--min-p",
+    callback=number(0, 1),
+    metavar="X",
+    help="Drop tokens below this share of the likeliest one's probability.",
+)
+@click.option(
+    "--repeat-penalty",
+    callback=number(0, 100, above=True),
+    metavar="X",
+    help="Above 1 makes the last 64 tokens less likely.",
+)
+@click.option(
+    "--seed",
+    callback=number(0, 2**64 - 1, whole=True),
+    metavar="N",
+    help="Equal seeds give equal texts.  [default: a fresh one, printed]",
+)
+@click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    help="End the text before this string; may be given several times.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object at the end: the text and the figures.",
+)
+@click.option(
+    "--logits-hash",
+    is_flag=True,
+    help="Print a hash of all logits; equal over threads and batches.",
+)
+def run(
+    model_arg: str | None,
+    prompt_arg: str | None,
+    model: str | None,
+    prompt: str | None,
+    **settings: Any,
+) -> int:
+    """Continue a PROMPT with a MODEL, a store made by `edgemoe convert`.
+
+    A lone argument is the model if it exists or ends in .emoe, .gguf or .safetensors; else it is
+    the prompt, and the bundled model answers. Without a prompt it is read from a pipe; on a
+    terminal a conversation starts (Ctrl-C ends an answer, Ctrl-D leaves).
+
+    The text is streamed to stdout; everything else, and one line of figures at the end, goes to
+    stderr. Sampling defaults are the model's own.
+    """
+    from .terminal import run as running
+
+    which, text = running.sort_arguments(model_arg, prompt_arg, model, prompt)
+    sampling = {
+        name: settings.pop(name)
+        for name in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
+    }
+    given = {name: value for name, value in sampling.items() if value is not None}
+    options = running.RunOptions(model=which, prompt=text, sampling=given, **settings)
+    return running.run(options)
+
+
+@cli.command(
+    short_help="Make a store from a checkpoint.",
+    epilog="""\b
+Examples:
+  hf download allenai/OLMoE-1B-7B-0924 --local-dir OLMoE-1B-7B
+  edgemoe convert OLMoE-1B-7B olmoe.emoe
+  edgemoe convert OLMoE-1B-7B olmoe.emoe --force   replace an older olmoe.emoe
+""",
+)
+@click.argument("src", metavar="SRC")
+@click.argument("out", metavar="OUT")
+@click.option("--force", is_flag=True, help="Replace OUT if it is a store already.")
+def convert(src: str, out: str, force: bool) -> int:
+    """Make OUT, a store, from SRC, a Hugging Face checkpoint directory.
+
+    The store holds every weight at 2, 3, 4, 6 and 8 bits at once. Memory stays below 1 GB whatever
+    the size. OUT appears when it is complete: an interrupted conversion leaves nothing.
+    """
+    from .terminal import convert as converting
+
+    return converting.run(src, out, force=force)
+
+
+@cli.command(
+    short_help="Say what a store holds.",
+    epilog="""\b
+Examples:
+  edgemoe inspect olmoe.emoe                     sizes, and bits a weight at each level
+  edgemoe inspect olmoe.emoe --verify            read all of it and compare the checksums
+  edgemoe inspect olmoe.emoe --json | jq .levels
+""",
+)
+@click.argument("store", metavar="STORE")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--verify", is_flag=True, help="Read the whole file; exit code 1 if it is damaged.")
+def inspect(store: str, as_json: bool, verify: bool) -> int:
+    """Say what STORE holds: architecture, sizes by part and level, checksums.
+
+    Bits per weight are those of the file: scales, offsets and padding are counted.
+    """
+    from . import inspect_store
+
+    return inspect_store.run(store, as_json=as_json, verify=verify)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (default: this process's); returns the exit code."""
+    # Before NumPy is imported: its thread pools would count against the memory ceiling.
+    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        code = _dispatch(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _forget_stdout()
+        return 128 + signal.SIGPIPE
+    except OSError as error:  # the last of stdout could not be written
+        _forget_stdout()
+        return _failed(f"cannot write the output: {error.strerror or error}", 1)
+
+
+def _dispatch(args: list[str]) -> int:
+    try:
+        with cli.make_context("edgemoe", args) as ctx:
+            code: Any = cli.invoke(ctx)
+            return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as error:
+        return _failed(error.format_message(), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("edgemoe: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        raise
+    except EdgeMoEError as error:
+        return _failed(str(error), error.exit_code)
+    except MemoryError:
+        return _failed("out of memory: give a lower --mem, or close other programs", 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(f"{where}{error.strerror or error}", 1)
+    except Exception as error:
+        return _failed(
+            f"internal error, please report it: {type(error).__name__}: {error} "
+            "(EDGEMOE_DEBUG=1 shows where)",
+            1,
+        )
+
+
+def _failed(message: str, code: int) -> int:
+    """Say what went wrong, in one printable line."""
+    if os.environ.get("EDGEMOE_DEBUG") == "1" and sys.exc_info()[1] is not None:
+        import traceback
+
+        traceback.print_exc()
+    line = " ".join(message.split())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    print(f"edgemoe: error: {line}", file=sys.stderr)
+    return code
+
+
+def _forget_stdout() -> None:
+    """Keep the interpreter from writing to a broken stdout once more when it ends."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError:
+        sys.stdout = None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

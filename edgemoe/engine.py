@@ -1,0 +1,376 @@
+"""Wires everything: a store becomes a Model that continues text under a memory ceiling."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from . import kernels
+from .chat import ChatTemplate
+from .cpu_attn.kv_cache import KVCache
+from .errors import CheckpointError, StoreError, UsageError
+from .generation import Generation
+from .layout import RecordLayout
+from .loader import budget as memory
+from .loader.arena import Arena
+from .loader.resident import Progress, ResidentExperts, dense_bytes, expert_bytes, float_bytes
+from .model import Span, Weights, forward
+from .perfmodel import fit
+from .pipeline.serial import SerialExperts
+from .sampling import SamplingParams, from_generation_config
+from .store import Store
+from .tokenizer import Tokenizer
+from .types import F32, ModelConfig, RunPlan, Stats
+from .weights import from_store
+
+DEFAULT_CTX = 4096
+PREFILL_CHUNK = 128
+"""Tokens a prefill step takes at once: enough to share each expert's weights, few enough that the
+arrays of a step stay small under a ceiling."""
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A store with its text side ready: tokenizer, chat template and sampling defaults."""
+
+    path: Path
+    store: Store
+    config: ModelConfig
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    generation_defaults: SamplingParams
+
+    def close(self) -> None:
+        """Close the store's file."""
+        self.store.close()
+
+
+def bundled_path() -> Path:
+    """The store that ships with the package."""
+    return Path(str(resources.files("edgemoe") / "data" / "default.emoe"))
+
+
+def open_model(path: str | os.PathLike[str] | None = None) -> OpenedModel:
+    """Open a store (None: the bundled one) without reading its weights.
+
+    Raises:
+        StoreError: missing, damaged, or without a tokenizer.
+        CheckpointError: its tokenizer, template or generation settings cannot be used.
+    """
+    where = bundled_path() if path is None else Path(path)
+    store = Store.open(where)
+    try:
+        if "tokenizer.json" not in store.sections:
+            raise StoreError(f"{where}: the store has no tokenizer; convert its checkpoint again")
+        tokenizer_config = _json_section(store, "tokenizer_config.json")
+        generation_config = _json_section(store, "generation_config.json")
+        template = "chat_template.jinja"
+        config = store.config
+        return OpenedModel(
+            where,
+            store,
+            config,
+            Tokenizer(
+                store.section("tokenizer.json"),
+                config=tokenizer_config,
+                bos_token_id=config.bos_token_id,
+                eos_token_ids=config.eos_token_ids,
+            ),
+            ChatTemplate.from_files(
+                store.section(template) if template in store.sections else None, tokenizer_config
+            ),
+            from_generation_config(generation_config or {}),
+        )
+    except BaseException:
+        store.close()
+        raise
+
+
+def _json_section(store: Store, name: str) -> dict[str, Any] | None:
+    if name not in store.sections:
+        return None
+    try:
+        value = json.loads(store.section(name))
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{store.path}: section {name} is not JSON: {exc}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{store.path}: section {name} is not a JSON object")
+    return value
+
+
+def default_threads() -> int:
+    """CPUs this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _plan(
+    opened: OpenedModel,
+    ceiling: int,
+    bits: int | None,
+    dense_bits: int | None,
+    ctx_size: int,
+    threads: int,
+) -> RunPlan:
+    store, cfg = opened.store, opened.config
+    levels = store.quant.levels
+    chunk = min(PREFILL_CHUNK, ctx_size)
+    dense: list[RecordLayout] = [t.layout for t in store.tensors.values() if t.layout is not None]
+    experts = len(cfg.moe_layers) * cfg.num_experts
+
+    def weights(level_index: int, dense_level_index: int) -> int:
+        return (
+            experts * expert_bytes(store.expert_layout, level_index)
+            + dense_bytes(store, dense_level_index)
+            + float_bytes(store)
+        )
+
+    pool_scratch = kernels.scratch_bytes(
+        store.expert_layout, dense, threads, chunk, cfg.num_experts_per_tok, ctx_size
+    )
+    footprint = fit.Footprint(
+        weights=weights,
+        kv_per_token=cfg.kv_bytes_per_token,
+        scratch=pool_scratch + fit.activation_bytes(cfg, chunk),
+        process=memory.rss_bytes(),
+    )
+    level, dense_level, parts = fit.choose_level(
+        footprint, ceiling, ctx_size, levels, bits, dense_bits, memory.format_size
+    )
+    return RunPlan(level, dense_level, ctx_size, chunk, threads, parts)
+
+
+def load(
+    path: str | os.PathLike[str] | OpenedModel | None = None,
+    *,
+    mem: str | int | None = "auto",
+    bits: int | None = None,
+    dense_bits: int | None = None,
+    ctx_size: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Load a store (None: the bundled model) under a memory ceiling.
+
+    Args:
+        path: a store, or the result of `open_model`, which the Model then owns.
+        mem: ceiling on everything this process uses: "512M", "8G", bytes, or "auto" for 70 % of
+            what is free now. A cgroup's limit is a ceiling too.
+        bits: level of every expert, one of the store's; None: the highest that fits.
+        dense_bits: level of all other matrices; None: 8 with bits=8, else 6.
+        ctx_size: most tokens of prompt and answer together; None: the model's own, at most 4096.
+        threads: worker threads; None: one for each CPU this process may use.
+        progress: called with (bytes read, bytes in all) while experts are read.
+
+    Raises:
+        UsageError: a setting out of range. StoreError: the store cannot be used.
+        MemoryBudgetError: the model does not fit; says what it needs.
+    """
+    if threads is not None and not 1 <= threads <= kernels.MAX_THREADS:
+        raise UsageError(f"threads must be from 1 to {kernels.MAX_THREADS}, not {threads}")
+    if isinstance(mem, str):
+        memory.parse_size(mem)
+    opened = path if isinstance(path, OpenedModel) else open_model(path)
+    try:
+        cfg, levels = opened.config, opened.store.quant.levels
+        for name, value in (("bits", bits), ("dense_bits", dense_bits)):
+            if value is not None and value not in levels:
+                raise UsageError(f"{name} must be one of {_either(levels)}, not {value}")
+        longest = cfg.max_position_embeddings
+        ctx = min(longest, DEFAULT_CTX) if ctx_size is None else ctx_size
+        if not 1 <= ctx <= longest:
+            raise UsageError(
+                f"the context size must be from 1 to {longest} for this model, not {ctx}"
+            )
+        ceiling = memory.resolve_ceiling(mem)
+        plan = _plan(opened, ceiling, bits, dense_bits, ctx, threads or default_threads())
+        return Model(opened, plan, progress)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _either(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values[:-1])) + f" or {values[-1]}"
+
+
+class Completion(str):
+    """Generated text; a str that also knows `token_ids`, `stats` and `logits_hash`."""
+
+    token_ids: list[int]
+    stats: Stats
+    logits_hash: str | None
+
+    @classmethod
+    def of(cls, generation: Generation) -> Completion:
+        """The result of a generation that has ended."""
+        out = cls(generation.text)
+        out.token_ids = generation.token_ids
+        out.stats = generation.stats
+        out.logits_hash = generation.logits_hash
+        return out
+
+
+class Model:
+    """A loaded model. Close it, or use it in a `with`, to give its memory back.
+
+    Attributes:
+        config, tokenizer, chat_template, generation_defaults: of the store.
+        plan: the settings this model runs with and how the memory is spent.
+        store_path: the store's path.
+    """
+
+    def __init__(
+        self, opened: OpenedModel, plan: RunPlan, progress: Progress | None = None
+    ) -> None:
+        self.config, self.tokenizer = opened.config, opened.tokenizer
+        self.chat_template = opened.chat_template
+        self.generation_defaults = opened.generation_defaults
+        self.store_path, self.plan = opened.path, plan
+        self._opened = opened
+        levels = opened.store.quant.levels
+        self._pool = kernels.new_pool(plan.threads)
+        arena = Arena(plan.budget.weights)
+        dense_level = levels.index(plan.dense_bits)
+        self._weights: Weights | None = from_store(opened.store, self._pool, arena, dense_level)
+        resident = ResidentExperts(opened.store, arena, levels.index(plan.bits), progress)
+        self._experts: SerialExperts | None = SerialExperts(self._pool, resident)
+        self._busy = False
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the weights' memory back and close the store; twice is fine."""
+        self._weights = self._experts = None
+        self._opened.close()
+
+    def new_cache(self) -> KVCache:
+        """An empty KV cache of this model's context size."""
+        return KVCache(self.config, self.plan.ctx_size)
+
+    def forward(self, tokens: Sequence[int], spans: Sequence[Span], want: Sequence[int]) -> F32:
+        """Logits float32 [len(want), vocab] of rows `want` of a flat batch (see model.forward)."""
+        if self._weights is None or self._experts is None:
+            raise UsageError("this model is closed: load it again")
+        ids = np.asarray(tokens, np.int64)
+        rows = np.asarray(want, np.int64)
+        return forward(self._weights, self._experts, self._pool, ids, spans, rows)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 256,
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        logits_hash: bool = False,
+        add_special: bool = True,
+    ) -> Generation:
+        """Continue a prompt; iterate over the result for text pieces.
+
+        Args:
+            prompt: text, or token ids taken as they are.
+            max_tokens: most tokens to generate.
+            sampling: None: the model's own defaults.
+            stop: strings that end the text; they are not part of it.
+            logits_hash: hash all logits that were sampled from (Generation.logits_hash).
+            add_special: add the tokenizer's special tokens to a text prompt; False for the text
+                of a chat template, which has its own.
+
+        Raises:
+            UsageError: an empty prompt, one longer than the context, ids outside the vocabulary, a
+                setting out of range, or another generation of this model still runs.
+        """
+        if max_tokens < 1:
+            raise UsageError(f"max_tokens must be at least 1, not {max_tokens}")
+        if self._busy:
+            raise UsageError("this model is generating already: close that generation first")
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt, add_special=add_special)
+            if not ids and self.config.bos_token_id is not None:
+                ids = [self.config.bos_token_id]
+        else:
+            ids = [int(t) for t in prompt]
+        if not ids:
+            raise UsageError("the prompt is empty: give at least one token")
+        if not all(0 <= t < self.config.vocab_size for t in ids):
+            raise UsageError(f"token ids must be from 0 to {self.config.vocab_size - 1}")
+        if len(ids) >= self.plan.ctx_size:
+            raise UsageError(
+                f"the prompt has {len(ids)} tokens and the context {self.plan.ctx_size}: shorten it "
+                f"or give a larger --ctx-size (this model's limit: "
+                f"{self.config.max_position_embeddings})"
+            )
+        self._busy = True
+        return Generation(
+            _Sequence(self),
+            self.tokenizer,
+            ids,
+            max_tokens=max_tokens,
+            sampling=self.generation_defaults if sampling is None else sampling,
+            stop=stop,
+            eos_token_ids=self.config.eos_token_ids,
+            logits_hash=logits_hash,
+            measure=self._measure,
+            release=self._release,
+        )
+
+    def generate(self, prompt: str | Sequence[int], **settings: Any) -> Completion:
+        """The whole text at once; settings as for `stream`."""
+        with self.stream(prompt, **settings) as generation:
+            for _ in generation:
+                pass
+        return Completion.of(generation)
+
+    def _measure(self) -> tuple[int, int, float]:
+        mean_bits = 0.0 if self._experts is None else self._experts.mean_bits
+        return memory.peak_rss_bytes(), self.plan.budget.ceiling, mean_bits
+
+    def _release(self) -> None:
+        self._busy = False
+
+
+class _Sequence:
+    """One sequence of a model: its cache, fed in chunks."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._cache = model.new_cache()
+
+    @property
+    def room(self) -> int:
+        return self._cache.capacity - self._cache.length
+
+    def prefill(self, tokens: Sequence[int]) -> F32:
+        logits = np.empty(0, np.float32)
+        for chunk in _chunks(tokens, self._model.plan.prefill_chunk):
+            last = [len(chunk) - 1]
+            logits = self._model.forward(chunk, [Span(self._cache, len(chunk))], last)[0]
+        return logits
+
+    def step(self, token: int) -> F32:
+        out: F32 = self._model.forward([token], [Span(self._cache, 1)], [0])[0]
+        return out
+
+
+def _chunks(tokens: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for first in range(0, len(tokens), size):
+        yield tokens[first : first + size]

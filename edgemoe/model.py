@@ -1,0 +1,131 @@
+"""One readable forward pass. Experts are an injected callable; weights know how to multiply.
+
+Works on a flat batch of tokens: spans say which rows belong to which sequence. Every row's result
+depends on its own sequence only, bit for bit, so a batch may be cut and mixed in any way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from . import kernels
+from .cpu_attn.kv_cache import KVCache, rope_tables
+from .types import F32, I32, I64, ModelConfig
+
+Linears = Callable[[F32], list[F32]]
+"""float32 [n, cols] -> one float32 [n, rows_m] for each of the matrices that share this input."""
+
+
+class Experts(Protocol):
+    """The mixture part of a layer: sum over slots of weight * expert(x)."""
+
+    def __call__(self, layer: int, x: F32, ids: I32, weights: F32, /) -> F32:
+        """x: float32 [n, hidden]; ids int32, weights float32 [n, k] -> float32 [n, hidden]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer; vectors are float32. `router` [experts, hidden] is None in a dense layer,
+    which has gate_up and down instead."""
+
+    input_norm: F32
+    post_norm: F32
+    qkv: Linears
+    out: Linears
+    q_norm: F32 | None = None
+    k_norm: F32 | None = None
+    biases: dict[str, F32] = field(default_factory=dict)
+    router: F32 | None = None
+    gate_up: Linears | None = None
+    down: Linears | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All of a model but its experts. embed: int64 [n] -> float32 [n, hidden]."""
+
+    config: ModelConfig
+    embed: Callable[[I64], F32]
+    layers: Sequence[Layer]
+    norm: F32
+    head: Linears
+
+
+@dataclass(frozen=True)
+class Span:
+    """The next `count` rows of a batch: tokens that continue the sequence of `cache`."""
+
+    cache: KVCache
+    count: int
+
+
+def forward(
+    weights: Weights,
+    experts: Experts,
+    pool: kernels.Pool,
+    tokens: I64,
+    spans: Sequence[Span],
+    want: I64,
+) -> F32:
+    """Logits float32 [len(want), vocab] of the rows `want` of the batch.
+
+    tokens: int64 [n], the rows of all spans one after the other. The caches grow by their spans.
+    """
+    cfg = weights.config
+    n = len(tokens)
+    positions = np.concatenate([np.arange(s.cache.length, s.cache.length + s.count) for s in spans])
+    cos, sin = rope_tables(cfg, positions)
+    x = weights.embed(tokens)
+    for i, layer in enumerate(weights.layers):
+        h = kernels.rmsnorm(pool, x, layer.input_norm, cfg.rms_norm_eps)
+        q, k, v = _qkv(cfg, pool, layer, h, cos, sin)
+        attended = np.empty_like(q)
+        row = 0
+        for s in spans:
+            part = slice(row, row + s.count)
+            attended[part] = s.cache.attend(pool, i, q[part], k[part], v[part])
+            row += s.count
+        (y,) = layer.out(attended.reshape(n, -1))
+        x += _biased(layer, "o", y)
+
+        h = kernels.rmsnorm(pool, x, layer.post_norm, cfg.rms_norm_eps)
+        if layer.router is not None:
+            logits = kernels.linear_f32(pool, h, layer.router)
+            x += experts(i, h, *kernels.route(logits, cfg.num_experts_per_tok, cfg.norm_topk_prob))
+        elif layer.gate_up is not None and layer.down is not None:
+            gate, up = layer.gate_up(h)
+            x += layer.down(kernels.silu_mul(gate, up))[0]
+    for s in spans:
+        s.cache.advance(s.count)
+    (logits,) = weights.head(kernels.rmsnorm(pool, x[want], weights.norm, cfg.rms_norm_eps))
+    return logits
+
+
+def _qkv(
+    cfg: ModelConfig, pool: kernels.Pool, layer: Layer, h: F32, cos: F32, sin: F32
+) -> tuple[F32, F32, F32]:
+    """Queries [n, heads, d], keys and values [n, kv_heads, d], normed and rotated."""
+    n, d = len(h), cfg.head_dim
+    q, k, v = layer.qkv(h)
+    q, k, v = _biased(layer, "q", q), _biased(layer, "k", k), _biased(layer, "v", v)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        # the norm's own width says whether it is over a head or over the whole projection
+        q = kernels.rmsnorm(pool, q.reshape(-1, layer.q_norm.size), layer.q_norm, cfg.rms_norm_eps)
+        k = kernels.rmsnorm(pool, k.reshape(-1, layer.k_norm.size), layer.k_norm, cfg.rms_norm_eps)
+    if cfg.clip_qkv is not None:
+        for a in (q, k, v):
+            np.clip(a, -cfg.clip_qkv, cfg.clip_qkv, out=a)
+    q, k, v = q.reshape(n, -1, d), k.reshape(n, -1, d), v.reshape(n, -1, d)
+    kernels.rope(pool, q, cos, sin)
+    kernels.rope(pool, k, cos, sin)
+    return q, k, v
+
+
+def _biased(layer: Layer, name: str, y: F32) -> F32:
+    bias = layer.biases.get(name)
+    return y if bias is None else y + bias

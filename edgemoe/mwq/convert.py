@@ -1,0 +1,154 @@
+"""A checkpoint in, a store out, a few million weights at a time.
+
+Matrices are read, quantized, packed and written in runs of rows, so memory does not grow with the
+model: a run's float32 weights and codes, and the scales of the one matrix at hand (a third of a
+byte a weight).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..arch import EXPERT_PARTS, ExpertPart, is_nested
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..errors import CheckpointError, UsageError, shown
+from ..layout import ROW_BLOCK
+from ..store import RecordWriter, StoreWriter
+from ..types import F32, QuantSpec
+from .packing import pack_scales, plane_pieces
+from .quantize import quantize_matrix
+
+Progress = Callable[[int, int, str], None]
+"""Called with (weights done, weights in all, part at hand)."""
+
+_RUN_WEIGHTS = 1 << 22
+"""Weights read at a time: 16 MiB of float32."""
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did.
+
+    out: the store. weights: all of the model. experts, tensors: how many. file_bytes: of the store.
+    seconds: wall time.
+    """
+
+    out: str
+    weights: int
+    experts: int
+    tensors: int
+    file_bytes: int
+    seconds: float
+
+
+def convert(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+    quant: QuantSpec | None = None,
+) -> ConvertReport:
+    """Convert a checkpoint directory into a store.
+
+    Args:
+        src: a Hugging Face directory (see edgemoe.checkpoint).
+        out: the store to make; appears when it is complete, and replaces a store of that name.
+        progress: called after every run of rows with (weights done, weights in all, part).
+        quant: levels and group size; by default 2, 3, 4, 6, 8 bits in groups of 128.
+
+    Raises:
+        CheckpointError: the source is missing, damaged or unsupported.
+        OutputError: the store cannot be written; nothing of it is left behind.
+    """
+    start = time.monotonic()
+    checkpoint = open_checkpoint(src)
+    checkpoint.require_tokenizer()
+    config, quant = checkpoint.config, quant or QuantSpec()
+    names = checkpoint.dense_names()
+    expert_weights = 3 * config.moe_intermediate_size * config.hidden_size
+    experts = len(config.moe_layers) * config.num_experts
+    total = experts * expert_weights + sum(math.prod(checkpoint.shape(n)) for n in names)
+    meter = _Meter(total, progress)
+    metadata = {"source": shown(Path(src).resolve().name), "quantizer": "affine8-lsq"}
+    with StoreWriter(out, config, quant, metadata) as writer:
+        for layer in config.moe_layers:
+            for expert in range(config.num_experts):
+                record = writer.open_expert(layer, expert)
+                for m, part in enumerate(EXPERT_PARTS):
+                    _write_matrix(record, m, _expert_rows(checkpoint, layer, expert, part), meter)
+                record.close()
+        for name in names:
+            if is_nested(name):
+                rows, cols = checkpoint.shape(name)
+                record = writer.open_nested(name, (rows, cols))
+                _write_matrix(record, 0, _dense_rows(checkpoint, name), meter)
+                record.close()
+            else:
+                array = checkpoint.tensor(name)
+                writer.write_f32(name, array)
+                meter.add(array.size, name)
+        for name, data in checkpoint.files.items():
+            writer.add_section(name, data)
+        writer.commit()
+    return ConvertReport(
+        out=os.fspath(out),
+        weights=total,
+        experts=experts,
+        tensors=len(names),
+        file_bytes=os.stat(out).st_size,
+        seconds=time.monotonic() - start,
+    )
+
+
+class _Meter:
+    """Adds up finished weights and tells the caller's progress function."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def add(self, weights: int, what: str) -> None:
+        self._done += weights
+        if self._progress is not None:
+            self._progress(self._done, self._total, what)
+
+
+_Rows = Callable[[int, int], F32]
+"""Reads rows [first, stop) of one matrix."""
+
+
+def _expert_rows(checkpoint: Checkpoint, layer: int, expert: int, part: ExpertPart) -> _Rows:
+    return lambda first, stop: checkpoint.expert_matrix(layer, expert, part, rows=(first, stop))
+
+
+def _dense_rows(checkpoint: Checkpoint, name: str) -> _Rows:
+    return lambda first, stop: checkpoint.tensor(name, rows=(first, stop))
+
+
+def _write_matrix(record: RecordWriter, m: int, read: _Rows, meter: _Meter) -> None:
+    """Quantize matrix m of a record and write its planes and scale blocks."""
+    layout = record.layout
+    matrix = layout.matrices[m]
+    levels = len(layout.quant.levels)
+    scales = np.empty((levels, 2, matrix.rows, matrix.groups), np.float32)
+    step = max(_RUN_WEIGHTS // (matrix.cols * ROW_BLOCK), 1) * ROW_BLOCK
+    for first in range(0, matrix.rows, step):
+        stop = min(first + step, matrix.rows)
+        try:
+            codes, fits = quantize_matrix(read(first, stop), layout.quant)
+        except UsageError as exc:
+            raise CheckpointError(f"{record.what}: {exc}") from exc
+        for i, (s, o) in enumerate(fits):
+            scales[i, 0, first:stop], scales[i, 1, first:stop] = s, o
+        for i, offset, data in plane_pieces(layout, m, first, codes):
+            record.write(i, offset, data)
+        meter.add(codes.size, record.what)
+    for i in range(levels):
+        s, o = scales[i]
+        record.write(i, int(layout.part_offsets[i, m, 0]), pack_scales(matrix, s, o))

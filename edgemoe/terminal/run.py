@@ -1,0 +1,314 @@
+"""`edgemoe run`: from arguments to a prompt, a model, streamed text and a line of figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from types import FrameType
+from typing import Any
+
+from ..engine import Model, OpenedModel, load, open_model
+from ..errors import UsageError
+from ..generation import Generation
+from ..loader.budget import format_size
+from ..sampling import SamplingParams
+from ..types import Stats
+from .model_path import looks_like_model, refuse_hub_name, require_store
+
+CTX_STEP = 256
+INTERACTIVE_CTX = 4096
+MAX_PIPED = 64 << 20
+"""Bytes of a prompt from a pipe; no model's context holds as much."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What `edgemoe run` was asked for; None leaves a choice to the model or the machine."""
+
+    model: str | None = None
+    prompt: str | None = None
+    raw: bool = False
+    mem: str = "auto"
+    bits: int | None = None
+    dense_bits: int | None = None
+    max_tokens: int = 256
+    ctx_size: int | None = None
+    threads: int | None = None
+    sampling: dict[str, Any] | None = None
+    stop: Sequence[str] = ()
+    as_json: bool = False
+    logits_hash: bool = False
+
+
+def sort_arguments(
+    model_arg: str | None, prompt_arg: str | None, model: str | None, prompt: str | None
+) -> tuple[str | None, str | None]:
+    """(model, prompt) of the two positional arguments and the values of -m and -p.
+
+    A lone argument is what -m or -p leaves open, else a model if it exists or ends like one, else
+    a prompt. None: not given.
+
+    Raises:
+        UsageError: one of them was given twice.
+    """
+    given = [a for a in (model_arg, prompt_arg) if a is not None]
+    if len(given) + (model is not None) + (prompt is not None) > 2:
+        raise UsageError("more than one model and one prompt were given: put the prompt in quotes")
+    if model is not None:
+        refuse_hub_name(model)
+        return model, given[0] if given else prompt
+    if prompt is not None:
+        return (given[0] if given else None), prompt
+    if len(given) == 2:
+        return given[0], given[1]
+    if given and looks_like_model(given[0]):
+        return given[0], None
+    return None, (given[0] if given else None)
+
+
+def run(options: RunOptions) -> int:
+    """Do what was asked; returns the exit code."""
+    if any(not text for text in options.stop):
+        raise UsageError("--stop needs some text: an empty string would end every answer at once")
+    if options.model is not None:
+        require_store(options.model)
+    prompt = options.prompt
+    if prompt is None:
+        if sys.stdin is None or not sys.stdin.isatty():
+            prompt = read_pipe()
+        elif options.as_json:
+            raise UsageError("--json needs a prompt: give one, or pipe it in")
+    if prompt == "":
+        raise UsageError("the prompt is empty: give some text")
+    if hasattr(sys.stdout, "reconfigure"):
+        # What a terminal's encoding cannot show must not end the run.
+        sys.stdout.reconfigure(errors="replace")
+    opened = open_model(options.model)
+    try:
+        if prompt is None:
+            from .interactive import converse
+
+            return converse(opened, options)
+        return _answer_once(opened, options, prompt)
+    finally:
+        opened.close()
+
+
+def read_pipe() -> str:
+    """The prompt on stdin, without the newline that ends its last line.
+
+    Raises:
+        UsageError: stdin is closed, not UTF-8, or longer than MAX_PIPED.
+    """
+    data = b"" if sys.stdin is None else sys.stdin.buffer.read(MAX_PIPED + 1)
+    if len(data) > MAX_PIPED:
+        raise UsageError(f"the prompt on stdin is longer than {MAX_PIPED >> 20} MiB: shorten it")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the prompt on stdin is not UTF-8 at byte {error.start}: re-encode it"
+        ) from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def prompt_ids(opened: OpenedModel, messages: Sequence[dict[str, str]], *, raw: bool) -> list[int]:
+    """Token ids of a conversation; of its last message alone where there is no chat template."""
+    if raw or opened.chat_template is None:
+        return opened.tokenizer.encode(messages[-1]["content"])
+    text = opened.chat_template.render(messages)
+    return opened.tokenizer.encode(text, add_special=False)
+
+
+def choose_sampling(opened: OpenedModel, options: RunOptions) -> SamplingParams:
+    """The model's own settings with those asked for; a seed is drawn where one is needed.
+
+    Drawing it here lets the figures name it, so that any run can be repeated.
+    """
+    given = options.sampling or {}
+    params = replace(opened.generation_defaults, **given)
+    idle = [f"--{name.replace('_', '-')}" for name in given if name in ("top_k", "top_p", "min_p")]
+    if params.temperature == 0 and idle:
+        note(f"{', '.join(idle)} without effect: the likeliest token is taken (--temp 0)")
+    if params.temperature > 0 and params.seed is None:
+        params = replace(params, seed=secrets.randbits(32))
+    return params
+
+
+def load_model(opened: OpenedModel, options: RunOptions, ctx_size: int) -> Model:
+    """Load with progress on a terminal, then say with what settings it runs."""
+    shows = sys.stderr.isatty()
+
+    def progress(done: int, total: int) -> None:
+        sys.stderr.write(f"\rloading {100 * done // max(total, 1)} %")
+        sys.stderr.flush()
+
+    try:
+        model = load(
+            opened,
+            mem=options.mem,
+            bits=options.bits,
+            dense_bits=options.dense_bits,
+            ctx_size=ctx_size,
+            threads=options.threads,
+            progress=progress if shows else None,
+        )
+    finally:
+        if shows:
+            sys.stderr.write("\r\033[K")
+    plan = model.plan
+    why = "" if options.bits else " (the most that fit)"
+    name = os.path.basename(model.store_path)
+    note(
+        f"{name}: {plan.bits}-bit experts{why}, {plan.dense_bits}-bit "
+        f"dense weights, context {plan.ctx_size}, {plan.threads} threads, ceiling "
+        f"{format_size(plan.budget.ceiling)}"
+    )
+    return model
+
+
+def _answer_once(opened: OpenedModel, options: RunOptions, prompt: str) -> int:
+    ids = prompt_ids(opened, [{"role": "user", "content": prompt}], raw=options.raw)
+    longest = opened.config.max_position_embeddings
+    ctx = options.ctx_size
+    if ctx is None:
+        ctx = min(longest, -(-(len(ids) + options.max_tokens) // CTX_STEP) * CTX_STEP)
+    if len(ids) >= ctx:
+        advice = "give a larger --ctx-size or shorten it" if ctx < longest else "shorten it"
+        raise UsageError(
+            f"the prompt has {len(ids)} tokens and the context {ctx}: {advice} "
+            f"(this model takes at most {longest})"
+        )
+    sampling = choose_sampling(opened, options)
+    with load_model(opened, options, ctx) as model:
+        generation = model.stream(
+            ids,
+            max_tokens=options.max_tokens,
+            sampling=sampling,
+            stop=options.stop,
+            logits_hash=options.logits_hash,
+        )
+        speak(generation, silent=options.as_json)
+        if options.as_json:
+            print(as_json(generation, model, sampling, logits_hash=options.logits_hash))
+        report(generation, sampling, logits_hash=options.logits_hash)
+    return 0
+
+
+def speak(generation: Generation, *, silent: bool = False) -> None:
+    """Write the text piece by piece as it comes, until it ends or Ctrl-C ends it.
+
+    Raises:
+        KeyboardInterrupt: before the first token; there is no text to end then.
+    """
+    out, ends_line = sys.stdout, True
+    with generation, soft_interrupt() as interrupt:
+        try:
+            for piece in generation:
+                interrupt.soft = True
+                if not silent:
+                    out.write(_harmless(piece) if out.isatty() else piece)
+                    out.flush()
+                    ends_line = piece.endswith("\n")
+                if interrupt.seen:
+                    break
+        except KeyboardInterrupt:
+            if not generation.token_ids:
+                raise
+        # From here on only the end of the line and the figures are left.
+        interrupt.soft = True
+    if not silent and not ends_line:
+        out.write("\n")
+        out.flush()
+
+
+def _harmless(piece: str) -> str:
+    """A piece for a terminal: control characters other than newline and tab made visible."""
+    return piece.translate(_VISIBLE)
+
+
+_VISIBLE = {c: f"^{c:02X}" for c in (*range(0x20), *range(0x7F, 0xA0)) if c not in (9, 10)}
+
+
+class Interrupt:
+    """State of Ctrl-C: while `soft`, the first one only sets `seen`."""
+
+    def __init__(self) -> None:
+        self.soft = self.seen = False
+
+
+@contextmanager
+def soft_interrupt() -> Iterator[Interrupt]:
+    """Between pieces Ctrl-C is looked at when the next one comes, so no step is cut in half."""
+    state = Interrupt()
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        if state.soft and not state.seen:
+            state.seen = True
+        else:
+            raise KeyboardInterrupt
+
+    handles = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    )
+    before = signal.signal(signal.SIGINT, on_signal) if handles else None
+    try:
+        yield state
+    finally:
+        if handles:
+            signal.signal(signal.SIGINT, before)
+
+
+def report(generation: Generation, sampling: SamplingParams, *, logits_hash: bool) -> None:
+    """The figures of a generation on stderr: one line, after the hash where it was asked for."""
+    if logits_hash:
+        note(f"logits hash {generation.logits_hash}")
+    s = generation.stats
+    seed = f", seed {sampling.seed}" if sampling.temperature > 0 else ""
+    note(
+        f"{s.prompt_tokens} prompt tokens at {s.prefill_tok_s:.1f}/s, {s.generated_tokens} "
+        f"generated at {s.decode_tok_s:.1f}/s, first after {s.ttft_s:.2f} s, peak "
+        f"{format_size(s.peak_rss_bytes)} of {format_size(s.mem_budget_bytes)}, mean bits "
+        f"{s.mean_bits:.2f}, ended by {_ENDINGS.get(s.stop_reason, s.stop_reason)}{seed}"
+    )
+
+
+_ENDINGS = {
+    "eos": "the model",
+    "stop": "--stop",
+    "length": "--max-tokens",
+    "context": "--ctx-size",
+    "closed": "Ctrl-C",
+}
+
+
+def as_json(
+    generation: Generation, model: Model, sampling: SamplingParams, *, logits_hash: bool
+) -> str:
+    """The object that --json prints: text, the fields of Stats, and the settings they depend on."""
+    stats: Stats = generation.stats
+    out: dict[str, Any] = {"text": generation.text, **asdict(stats)}
+    out |= {"bits": model.plan.bits, "dense_bits": model.plan.dense_bits}
+    out |= {"ctx_size": model.plan.ctx_size, "threads": model.plan.threads}
+    if sampling.temperature > 0:
+        out["seed"] = sampling.seed
+    if logits_hash:
+        out["logits_hash"] = generation.logits_hash
+    for name, value in out.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            out[name] = None
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    return json.dumps(out, ensure_ascii=not utf8, allow_nan=False)
+
+
+def note(message: str) -> None:
+    """One line on stderr that is not an error."""
+    print(f"edgemoe: {message}", file=sys.stderr, flush=True)

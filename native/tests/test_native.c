@@ -1,0 +1,258 @@
+/* C tests: every table function of every instruction set equals scalar's bits; pool; arithmetic. */
+#include <math.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "edgemoe.h"
+#include "em_math.h"
+
+static int checks, failures;
+
+#define CHECK(condition)                                                                                     \
+    do {                                                                                                     \
+        checks++;                                                                                            \
+        if (!(condition)) {                                                                                  \
+            if (failures++ < 20) printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);              \
+        }                                                                                                    \
+    } while (0)
+
+static uint64_t state = 0x9e3779b97f4a7c15u;
+
+static uint32_t next(void) {
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return (uint32_t)(state >> 32);
+}
+
+static float uniform(float low, float high) { return low + (high - low) * (float)next() * 2.3283064e-10f; }
+
+static void *need(size_t bytes) {
+    void *p = calloc(1, bytes ? bytes : 1);
+    if (!p) abort();
+    return p;
+}
+
+static float *floats(size_t n, float low, float high) {
+    float *x = need(n * sizeof *x);
+    for (size_t i = 0; i < n; i++) x[i] = uniform(low, high);
+    return x;
+}
+
+static int same(const void *a, const void *b, size_t bytes) { return memcmp(a, b, bytes) == 0; }
+
+static void test_half(void) {
+    for (uint32_t h = 0; h < 0x10000; h++) {
+        const uint32_t exponent = h >> 10 & 31, mantissa = h & 1023;
+        const float sign = h & 0x8000 ? -1.0f : 1.0f;
+        const float got = em_half_to_float((uint16_t)h);
+        if (exponent == 31) {
+            CHECK(mantissa ? isnan(got) : isinf(got) && got * sign > 0);
+        } else {
+            const float want = exponent ? ldexpf(1.0f + (float)mantissa / 1024.0f, (int)exponent - 15)
+                                        : ldexpf((float)mantissa / 1024.0f, -14);
+            CHECK(got == sign * want);
+        }
+    }
+}
+
+static void test_exp(void) {
+    for (int i = 0; i <= 200000; i++) {
+        const float x = -87.0f + 175.0f * (float)i / 200000.0f;
+        const double want = exp((double)x);
+        CHECK(fabs((double)em_expf(x) - want) <= 3e-7 * want);
+    }
+    CHECK(em_expf(0.0f) == 1.0f);
+    CHECK(em_expf(-1e30f) < 1e-37f);
+    CHECK(isfinite(em_expf(1e30f)));
+}
+
+static void test_crc(void) {
+    const char *text = "123456789";
+    CHECK(em_crc32c(0, text, 9) == 0xe3069283u);
+    CHECK(em_crc32c(em_crc32c(0, text, 4), text + 4, 5) == 0xe3069283u);
+    CHECK(em_crc32c(0, text, 0) == 0);
+}
+
+static atomic_int hits[1000], stray_workers;
+
+static void count_task(void *ctx, int task, int worker) {
+    if (worker < 0 || worker >= *(int *)ctx) atomic_fetch_add(&stray_workers, 1);
+    atomic_fetch_add(&hits[task], 1);
+}
+
+static void test_pool(void) {
+    for (int threads = 1; threads <= 5; threads++) {
+        em_pool *p = em_pool_new(threads);
+        CHECK(p && em_pool_threads(p) == threads);
+        if (!p) return;
+        for (int round = 0; round < 300; round++) {
+            const int tasks = (int)(next() % 1000);
+            for (int i = 0; i < 1000; i++) atomic_store(&hits[i], 0);
+            em_pool_run(p, count_task, &threads, tasks);
+            int wrong = 0;
+            for (int i = 0; i < 1000; i++) wrong += atomic_load(&hits[i]) != (i < tasks);
+            CHECK(wrong == 0 && atomic_load(&stray_workers) == 0);
+        }
+        void *a = em_pool_scratch(p, 100);
+        CHECK(a && (uintptr_t)a % 64 == 0);
+        CHECK(em_pool_scratch(p, 50) == a);
+        CHECK(em_pool_scratch(p, 1 << 20) && em_pool_scratch_bytes(p) == 1 << 20);
+        em_pool_free(p);
+    }
+}
+
+typedef struct {
+    em_matrix w;
+    uint8_t *bytes[EM_LEVELS + 1];
+} random_matrix;
+
+static random_matrix make(int rows, int cols, int group_units, int level) {
+    static const size_t cell[EM_LEVELS] = {64, 32, 32, 64, 64};
+    random_matrix m = {.w = {.level = level, .rows = rows, .cols = cols, .group_units = group_units}};
+    m.w.units = (cols + EM_UNIT - 1) / EM_UNIT;
+    m.w.groups = (m.w.units + group_units - 1) / group_units;
+    const size_t blocks = (size_t)(rows + EM_ROW_BLOCK - 1) / EM_ROW_BLOCK;
+    for (int s = 0; s <= level; s++) {
+        const size_t n = blocks * (size_t)m.w.units * cell[s];
+        m.bytes[s] = need(n);
+        const int extreme = next() % 3 == 0;
+        for (size_t i = 0; i < n; i++) m.bytes[s][i] = extreme ? 0xff : (uint8_t)next();
+        m.w.plane[s] = m.bytes[s];
+    }
+    const size_t n = EM_SCALE_HEAD + blocks * (size_t)m.w.groups * 32;
+    m.bytes[EM_LEVELS] = need(n);
+    const float multiplier = 0.03125f;
+    memcpy(m.bytes[EM_LEVELS], &multiplier, 4);
+    for (size_t i = EM_SCALE_HEAD; i < n; i += 2) {
+        const uint16_t half = (uint16_t)(0x2c00 + next() % 0x1800 + (next() & 1) * 0x8000u);
+        memcpy(m.bytes[EM_LEVELS] + i, &half, 2);
+    }
+    m.w.scale = m.bytes[EM_LEVELS];
+    return m;
+}
+
+static void drop(random_matrix *m) {
+    for (int i = 0; i <= EM_LEVELS; i++) free(m->bytes[i]);
+}
+
+static em_acts make_acts(const em_matrix *w, int n) {
+    em_acts a = {.units = w->units, .groups = w->groups, .group_units = w->group_units};
+    a.q = need((size_t)n * (size_t)w->units * EM_UNIT);
+    a.scale = need((size_t)n * (size_t)w->units * sizeof(float));
+    a.gx = need((size_t)n * (size_t)w->groups * sizeof(float));
+    return a;
+}
+
+static void drop_acts(em_acts *a) {
+    free(a->q);
+    free(a->scale);
+    free(a->gx);
+}
+
+static void test_products(const em_isa *isa, int rows, int cols, int group_units, int n) {
+    const em_isa *plain = &em_isa_scalar;
+    for (int level = 0; level < EM_LEVELS; level++) {
+        random_matrix m = make(rows, cols, group_units, level);
+        float *x = floats((size_t)n * (size_t)cols, -3, 3);
+        for (int i = 0; i < cols; i++) x[i] = next() & 1 ? 2.0f : -2.0f; /* all codes +-127 */
+        em_acts a = make_acts(&m.w, n), b = make_acts(&m.w, n);
+        for (int i = 0; i < n; i++) {
+            plain->quantize(x + (size_t)i * (size_t)cols, cols, &a, i);
+            isa->quantize(x + (size_t)i * (size_t)cols, cols, &b, i);
+        }
+        CHECK(same(a.q, b.q, (size_t)n * (size_t)a.units * EM_UNIT));
+        CHECK(same(a.scale, b.scale, (size_t)n * (size_t)a.units * sizeof(float)));
+        CHECK(same(a.gx, b.gx, (size_t)n * (size_t)a.groups * sizeof(float)));
+        const int blocks = (rows + EM_ROW_BLOCK - 1) / EM_ROW_BLOCK;
+        const size_t padded = (size_t)blocks * EM_ROW_BLOCK;
+        const size_t dots = (size_t)n * padded * (size_t)m.w.units;
+        int32_t *ia = need(dots * 4), *ib = need(dots * 4);
+        plain->accumulate(&m.w, 0, blocks, &a, n, ia);
+        isa->accumulate(&m.w, 0, blocks, &a, n, ib);
+        CHECK(same(ia, ib, dots * 4));
+        const size_t outs = (size_t)n * (size_t)rows;
+        float *ya = need(outs * 4), *yb = need(outs * 4);
+        plain->matmul(&m.w, 0, blocks, &a, NULL, n, ya, (size_t)rows);
+        isa->matmul(&m.w, 0, blocks, &a, NULL, n, yb, (size_t)rows);
+        CHECK(same(ya, yb, outs * 4));
+        for (int i = 0; i < n; i++) { /* one by one, through an index */
+            const int32_t idx = i;
+            isa->matmul(&m.w, 0, blocks, &a, &idx, 1, yb, (size_t)rows);
+            CHECK(same(ya + (size_t)i * (size_t)rows, yb, (size_t)rows * 4));
+        }
+        if (blocks > 1) { /* a chunk of rows lands at the start */
+            const size_t live = (size_t)(rows - EM_ROW_BLOCK);
+            isa->matmul(&m.w, 1, blocks, &a, NULL, 1, yb, live);
+            CHECK(same(ya + EM_ROW_BLOCK, yb, live * 4));
+        }
+        free(ia), free(ib), free(ya), free(yb), free(x);
+        drop_acts(&a), drop_acts(&b);
+        drop(&m);
+    }
+}
+
+static void test_floats(const em_isa *isa, int n) {
+    const em_isa *plain = &em_isa_scalar;
+    float *a = floats((size_t)n, -9, 9), *b = floats((size_t)n, -2, 2);
+    float *c = need((size_t)n * 4), *d = need((size_t)n * 4);
+    const float dot_a = plain->dot(a, b, n), dot_b = isa->dot(a, b, n);
+    CHECK(same(&dot_a, &dot_b, 4));
+    plain->scale_mul(a, 0.3f, b, n, c);
+    isa->scale_mul(a, 0.3f, b, n, d);
+    CHECK(same(c, d, (size_t)n * 4));
+    memcpy(c, a, (size_t)n * 4);
+    memcpy(d, a, (size_t)n * 4);
+    plain->silu_mul(c, b, n);
+    isa->silu_mul(d, b, n);
+    CHECK(same(c, d, (size_t)n * 4));
+    memcpy(c, a, (size_t)n * 4);
+    memcpy(d, a, (size_t)n * 4);
+    const float sum_a = plain->exp_sum(c, 9.0f, n), sum_b = isa->exp_sum(d, 9.0f, n);
+    CHECK(same(&sum_a, &sum_b, 4));
+    CHECK(same(c, d, (size_t)n * 4));
+    float *v = floats((size_t)n * 7, -1, 1);
+    float *p = floats(7, 0, 1), *e = need((size_t)n * 4);
+    plain->weighted_sum(p, v, 7, n, 3.7f, e);
+    isa->weighted_sum(p, v, 7, n, 3.7f, d);
+    CHECK(same(e, d, (size_t)n * 4));
+    free(a), free(b), free(c), free(d), free(v), free(p), free(e);
+}
+
+static void test_route(void) {
+    const float logits[6] = {1, 3, 3, -2, 3, 0};
+    int32_t ids[4];
+    float w[4];
+    em_route(logits, 1, 6, 4, 1, ids, w);
+    CHECK(ids[0] == 1 && ids[1] == 2 && ids[2] == 4 && ids[3] == 0);
+    CHECK(w[0] == w[1] && w[1] == w[2] && w[2] > w[3]);
+    CHECK(fabsf(w[0] + w[1] + w[2] + w[3] - 1.0f) < 1e-6f);
+}
+
+int main(void) {
+    test_half();
+    test_exp();
+    test_crc();
+    test_pool();
+    test_route();
+    CHECK(em_isa_find("scalar") == &em_isa_scalar);
+    CHECK(em_isa_find("nosuch") == NULL);
+    for (int i = 0; i < em_isa_count(); i++) {
+        const em_isa *isa = em_isa_at(i);
+        if (!isa->supported()) {
+            printf("skipped: %s (this machine lacks it)\n", isa->name);
+            continue;
+        }
+        test_products(isa, 8, 32, 4, 1);
+        test_products(isa, 13, 37, 4, 3);
+        test_products(isa, 1, 1, 1, 2);
+        test_products(isa, 65, 704, 4, 70);
+        test_products(isa, 24, 288, 8, 5);
+        for (int n = 1; n < 130; n++) test_floats(isa, n);
+        printf("ran: %s\n", isa->name);
+    }
+    printf("%d checks, %d failures\n", checks, failures);
+    return failures != 0;
+}

@@ -1,0 +1,158 @@
+"""The memory ceiling: sizes as written, refusals that name a figure, and a peak that stays below."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import edgemoe
+from edgemoe.errors import MemoryBudgetError, UsageError
+from edgemoe.loader import budget
+from edgemoe.loader.arena import Arena
+from edgemoe.perfmodel import fit
+from edgemoe.types import LEVELS
+
+RUN = """
+import json, sys, edgemoe
+from edgemoe.loader import budget
+mem, bits, ctx, prompt = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+with edgemoe.load(mem=mem, bits=bits, ctx_size=ctx, threads=2) as model:
+    sampling = edgemoe.SamplingParams(temperature=0.9, top_p=0.95, seed=1)
+    generation = model.stream([7] * prompt, max_tokens=40, sampling=sampling)
+    for _ in generation:
+        pass
+    print(json.dumps({"peak": budget.peak_rss_bytes(), "stats": generation.stats.peak_rss_bytes,
+                      "budget": generation.stats.mem_budget_bytes}))
+"""
+
+
+def peak_of_run(mem: int, bits: int, ctx: int, prompt: int, *wrapper: str) -> dict[str, int]:
+    command = [*wrapper, sys.executable, "-c", RUN, str(mem), str(bits), str(ctx), str(prompt)]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    result: dict[str, int] = json.loads(out.stdout)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512M", 512 << 20),
+        ("8G", 8 << 30),
+        ("8GiB", 8 << 30),
+        ("8GB", 8 * 10**9),
+        ("1.5G", 3 << 29),
+        ("64kib", 64 << 10),
+        (" 100 MB ", 10**8),
+        ("123456", 123456),
+        ("1T", 1 << 40),
+        ("auto", None),
+    ],
+)
+def test_parse_size(text: str, size: int | None) -> None:
+    assert budget.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1G", "8X", "G", "8 G B", "1e9", "nan", "9999999T", "8G8"])
+def test_parse_size_refuses(text: str) -> None:
+    with pytest.raises(UsageError):
+        budget.parse_size(text)
+
+
+def test_format_size_never_rounds_down() -> None:
+    for size in (1, 1023, 1025, 123_456_789, 10**11 + 1):
+        shown = budget.format_size(size)
+        number, unit = shown.split()
+        scale = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}[unit]
+        assert float(number) * scale >= size
+        assert float(number) * scale <= size * 1.2 + 1
+
+
+def test_too_little_names_what_is_needed_and_that_suffices() -> None:
+    """The refusal's figure is right: it runs there, in a fresh process, and stays below."""
+    code = (
+        "import edgemoe\n"
+        "try: edgemoe.load(mem='1M', bits=8, ctx_size=512, threads=2)\n"
+        "except edgemoe.MemoryBudgetError as e: print(e.needed_bytes, e.budget_bytes); print(e)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    numbers, message = out.stdout.splitlines()
+    needed, given = map(int, numbers.split())
+    assert given == 1 << 20
+    assert re.search(r"needs? .*give --mem \d+M", message)
+    # another process may start out some pages larger
+    ceiling = needed + (2 << 20)
+    result = peak_of_run(ceiling, 8, 512, 300)
+    assert result["peak"] <= ceiling
+    assert result["stats"] <= ceiling
+    assert result["budget"] == ceiling
+    with pytest.raises(MemoryBudgetError, match=r"--mem"):
+        edgemoe.load(mem=needed - (40 << 20), bits=8, ctx_size=512, threads=2)
+
+
+@pytest.mark.parametrize(("bits", "ctx", "prompt"), [(8, 1024, 900), (2, 256, 100)])
+def test_peak_stays_below_the_ceiling(bits: int, ctx: int, prompt: int) -> None:
+    result = peak_of_run(192 << 20, bits, ctx, prompt)
+    assert result["peak"] <= 192 << 20
+
+
+def test_survives_a_cgroup_of_exactly_the_ceiling(shared: Path) -> None:
+    capped = shared / "bench" / "capped.sh"
+    probe = subprocess.run(["bash", str(capped), "64M", "true"], capture_output=True, text=True)
+    if os.geteuid() or probe.returncode:
+        pytest.skip("memory cgroups cannot be made here")
+    result = peak_of_run(160 << 20, 8, 1024, 900, "bash", str(capped), "160M")
+    assert result["peak"] <= 160 << 20
+    assert result["budget"] == 160 << 20
+
+
+def test_highest_level_that_fits() -> None:
+    with edgemoe.load(mem="2G", ctx_size=256) as model:
+        assert (model.plan.bits, model.plan.dense_bits) == (8, 8)
+    mib = 1 << 20
+    footprint = fit.Footprint(lambda level, dense: (10 * (level + 1) + dense) * mib, 0, 0, 0)
+    chosen = []
+    for ceiling in range(50, 120):
+        try:
+            bits, dense, parts = fit.choose_level(
+                footprint, ceiling * mib, 64, LEVELS, None, None, budget.format_size
+            )
+            assert parts.needed <= ceiling * mib
+            assert dense == (8 if bits == 8 else 6)
+            chosen.append(bits)
+        except MemoryBudgetError:
+            chosen.append(0)
+    assert chosen == sorted(chosen)
+    assert set(chosen) == {0, *LEVELS}
+
+
+def test_smallest_ceiling_is_tight() -> None:
+    for bare in (10 << 20, 500 << 20, 5 << 30, 100 << 30):
+        parts = fit.Budget(0, bare, 0, 0, 0, fit.margin(0))
+        ceiling = fit.smallest_ceiling(parts)
+        assert bare + fit.margin(ceiling) <= ceiling
+        assert bare + fit.margin(ceiling - (1 << 20)) > ceiling - (1 << 20)
+
+
+def test_arena_hands_out_disjoint_aligned_slots() -> None:
+    arena = Arena(1 << 16)
+    a, b = arena.take(100), arena.take(5000, 4096)
+    a[:], b[:] = 1, 2
+    assert (a == 1).all()
+    assert b.ctypes.data % 4096 == 0
+    assert a.ctypes.data % 64 == 0
+    with pytest.raises(edgemoe.KernelError):
+        arena.take(1 << 16)
+
+
+def test_auto_takes_a_share_of_what_is_free() -> None:
+    import psutil
+
+    assert 0 < budget.auto_ceiling() <= psutil.virtual_memory().total
+    assert budget.peak_rss_bytes() >= budget.rss_bytes() > 0
