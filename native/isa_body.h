@@ -1,0 +1,261 @@
+/* The vector bodies, written once over primitives that an instruction set's file defines before it
+ * includes this one. Eight rows, or eight consecutive floats, make one f8.
+ *
+ *   f8, i8x                     8 floats, 8 int32
+ *   codes                       unpacked codes of 8 rows x 32 columns at one level
+ *   f8_zero f8_set1 f8_load f8_store f8_add f8_sub f8_mul f8_div f8_neg f8_abs f8_max
+ *   f8_below(x, limit, other)   other where x < limit, else x
+ *   f8_above(x, limit, other)   other where x > limit, else x
+ *   f8_round                    to nearest, ties to even
+ *   f8_pow2(n)                  2^n of integral n in [-126, 127]
+ *   f8_halves(p)                8 float16 -> f8
+ *   f8_ints(i8x)                int32 -> float
+ *   f8_tree(lo, hi)             sum of 16 lanes in the order of em_tree16
+ *   f8_peak(x)                  largest of 8
+ *   bytes_sum(v, q)             4 f8 of integral values -> 32 int8 at q; returns their sum
+ *   unpack(planes, level, *c)   planes of one unit -> codes
+ *   dots(*c, level, q)          i8x: each row's codes times 32 activations, exactly
+ *   i8x_store
+ *
+ * Every operation below rounds as the scalar body's does, in the same order: same bits. */
+#ifndef ISA_BODY_H
+#define ISA_BODY_H
+
+#include "edgemoe.h"
+#include "em_math.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    const uint8_t *p[EM_LEVELS];
+} em_unit;
+
+#endif
+
+#ifdef ISA_BODY
+
+static void quantize(const float *x, int cols, const em_acts *a, int row) {
+    int8_t *q = a->q + (size_t)row * (size_t)a->units * EM_UNIT;
+    float *scale = a->scale + (size_t)row * (size_t)a->units;
+    float *gx = a->gx + (size_t)row * (size_t)a->groups;
+    for (int g = 0; g < a->groups; g++) gx[g] = 0.0f;
+    for (int u = 0; u < a->units; u++) {
+        const int first = u * EM_UNIT;
+        float tail[EM_UNIT] = {0};
+        const float *from = x + first;
+        if (cols - first < EM_UNIT) {
+            memcpy(tail, from, (size_t)(cols - first) * sizeof(float));
+            from = tail;
+        }
+        f8 v[4];
+        for (int i = 0; i < 4; i++) v[i] = f8_load(from + 8 * i);
+        const float amax =
+            f8_peak(f8_max(f8_max(f8_abs(v[0]), f8_abs(v[1])), f8_max(f8_abs(v[2]), f8_abs(v[3]))));
+        const f8 inverse = f8_set1(amax > 0.0f ? 127.0f / amax : 0.0f);
+        for (int i = 0; i < 4; i++) v[i] = f8_round(f8_mul(v[i], inverse));
+        const int32_t sum = bytes_sum(v, q + first);
+        scale[u] = amax / 127.0f;
+        gx[u / a->group_units] += scale[u] * (float)sum;
+    }
+}
+
+INLINE em_unit unit_at(const em_matrix *w, int level, int rb, int u) {
+    static const int bytes[EM_LEVELS] = {64, 32, 32, 64, 64};
+    const size_t at = (size_t)rb * (size_t)w->units + (size_t)u;
+    em_unit out = {{0}};
+    for (int s = 0; s <= level; s++) out.p[s] = w->plane[s] + at * (size_t)bytes[s];
+    return out;
+}
+
+enum { TILE = 64 }; /* tokens that share one unpacking */
+
+/* t + scale * dots, for one unit and one token. */
+INLINE f8 add_unit(f8 t, const codes *c, int level, const int8_t *q, float scale) {
+    return f8_add(t, f8_mul(f8_set1(scale), f8_ints(dots(c, level, q))));
+}
+
+INLINE void matmul_level(const em_matrix *w, int level, int rb0, int rb1, const em_acts *a,
+                         const int32_t *idx, int n, float *out, size_t ld) {
+    float multiplier;
+    memcpy(&multiplier, w->scale, sizeof multiplier);
+    for (int first = 0; first < n; first += TILE) {
+        const int tile = n - first < TILE ? n - first : TILE;
+        for (int rb = rb0; rb < rb1; rb++) {
+            f8 y[TILE];
+            for (int i = 0; i < tile; i++) y[i] = f8_zero();
+            for (int g = 0; g < w->groups; g++) {
+                const int u0 = g * w->group_units;
+                const int u1 = u0 + w->group_units < w->units ? u0 + w->group_units : w->units;
+                const uint8_t *scales = w->scale + EM_SCALE_HEAD +
+                                        ((size_t)rb * (size_t)w->groups + (size_t)g) * 4 * EM_ROW_BLOCK;
+                const f8 s = f8_mul(f8_halves(scales), f8_set1(multiplier));
+                const f8 o = f8_mul(f8_halves(scales + 2 * EM_ROW_BLOCK), f8_set1(multiplier));
+                codes c[EM_MAX_GROUP_UNITS];
+                if (tile > 1)
+                    for (int u = u0; u < u1; u++) unpack(unit_at(w, level, rb, u), level, &c[u - u0]);
+                for (int i = 0; i < tile; i++) {
+                    const size_t row = (size_t)(idx ? idx[first + i] : first + i);
+                    const int8_t *q = a->q + row * (size_t)a->units * EM_UNIT;
+                    const float *xs = a->scale + row * (size_t)a->units;
+                    f8 t = f8_zero();
+                    if (tile > 1) {
+                        for (int u = u0; u < u1; u++)
+                            t = add_unit(t, &c[u - u0], level, q + (size_t)u * EM_UNIT, xs[u]);
+                    } else {
+                        for (int u = u0; u < u1; u++) { /* one token: the codes stay in registers */
+                            codes once;
+                            unpack(unit_at(w, level, rb, u), level, &once);
+                            t = add_unit(t, &once, level, q + (size_t)u * EM_UNIT, xs[u]);
+                        }
+                    }
+                    const f8 gx = f8_set1(a->gx[row * (size_t)a->groups + (size_t)g]);
+                    y[i] = f8_add(f8_add(y[i], f8_mul(s, t)), f8_mul(o, gx));
+                }
+            }
+            const int live = w->rows - rb * EM_ROW_BLOCK;
+            for (int i = 0; i < tile; i++) {
+                float *to = out + (size_t)(first + i) * ld + (size_t)(rb - rb0) * EM_ROW_BLOCK;
+                if (live >= EM_ROW_BLOCK) {
+                    f8_store(to, y[i]);
+                } else {
+                    float all[EM_ROW_BLOCK];
+                    f8_store(all, y[i]);
+                    memcpy(to, all, (size_t)live * sizeof(float));
+                }
+            }
+        }
+    }
+}
+
+INLINE void accumulate_level(const em_matrix *w, int level, int rb0, int rb1, const em_acts *a, int n,
+                             int32_t *out) {
+    const size_t rows = (size_t)(w->rows + EM_ROW_BLOCK - 1) / EM_ROW_BLOCK * EM_ROW_BLOCK;
+    for (int rb = rb0; rb < rb1; rb++) {
+        for (int u = 0; u < w->units; u++) {
+            codes c;
+            unpack(unit_at(w, level, rb, u), level, &c);
+            for (int i = 0; i < n; i++) {
+                int32_t lane[EM_ROW_BLOCK];
+                i8x_store(lane, dots(&c, level, a->q + ((size_t)i * (size_t)a->units + (size_t)u) * EM_UNIT));
+                for (int r = 0; r < EM_ROW_BLOCK; r++)
+                    out[((size_t)i * rows + (size_t)(rb * EM_ROW_BLOCK + r)) * (size_t)w->units + (size_t)u] =
+                        lane[r];
+            }
+        }
+    }
+}
+
+/* One body a level, so that the level is a constant in each. */
+static void matmul(const em_matrix *w, int rb0, int rb1, const em_acts *a, const int32_t *idx, int n,
+                   float *out, size_t ld) {
+    switch (w->level) {
+    case 0: matmul_level(w, 0, rb0, rb1, a, idx, n, out, ld); break;
+    case 1: matmul_level(w, 1, rb0, rb1, a, idx, n, out, ld); break;
+    case 2: matmul_level(w, 2, rb0, rb1, a, idx, n, out, ld); break;
+    case 3: matmul_level(w, 3, rb0, rb1, a, idx, n, out, ld); break;
+    default: matmul_level(w, 4, rb0, rb1, a, idx, n, out, ld); break;
+    }
+}
+
+static void accumulate(const em_matrix *w, int rb0, int rb1, const em_acts *a, int n, int32_t *out) {
+    switch (w->level) {
+    case 0: accumulate_level(w, 0, rb0, rb1, a, n, out); break;
+    case 1: accumulate_level(w, 1, rb0, rb1, a, n, out); break;
+    case 2: accumulate_level(w, 2, rb0, rb1, a, n, out); break;
+    case 3: accumulate_level(w, 3, rb0, rb1, a, n, out); break;
+    default: accumulate_level(w, 4, rb0, rb1, a, n, out); break;
+    }
+}
+
+static float dot(const float *a, const float *b, int n) {
+    f8 lo = f8_zero(), hi = f8_zero();
+    int i = 0;
+    for (; i + 16 <= n; i += 16) {
+        lo = f8_add(lo, f8_mul(f8_load(a + i), f8_load(b + i)));
+        hi = f8_add(hi, f8_mul(f8_load(a + i + 8), f8_load(b + i + 8)));
+    }
+    if (i < n) {
+        float ta[16] = {0}, tb[16] = {0};
+        memcpy(ta, a + i, (size_t)(n - i) * sizeof(float));
+        memcpy(tb, b + i, (size_t)(n - i) * sizeof(float));
+        lo = f8_add(lo, f8_mul(f8_load(ta), f8_load(tb)));
+        hi = f8_add(hi, f8_mul(f8_load(ta + 8), f8_load(tb + 8)));
+    }
+    return f8_tree(lo, hi);
+}
+
+static void scale_mul(const float *x, float r, const float *w, int n, float *y) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) f8_store(y + i, f8_mul(f8_mul(f8_load(x + i), f8_set1(r)), f8_load(w + i)));
+    for (; i < n; i++) y[i] = (x[i] * r) * w[i];
+}
+
+/* em_expf on 8 lanes, operation for operation. */
+INLINE f8 exp8(f8 x) {
+    x = f8_below(x, f8_set1(EM_EXP_LO), f8_set1(EM_EXP_LO));
+    x = f8_above(x, f8_set1(EM_EXP_HI), f8_set1(EM_EXP_HI));
+    const f8 n = f8_round(f8_mul(x, f8_set1(EM_LOG2E)));
+    f8 r = f8_sub(x, f8_mul(n, f8_set1(EM_LN2_HI)));
+    r = f8_sub(r, f8_mul(n, f8_set1(EM_LN2_LO)));
+    f8 p = f8_set1(EM_EXP_C0);
+    p = f8_add(f8_mul(p, r), f8_set1(EM_EXP_C1));
+    p = f8_add(f8_mul(p, r), f8_set1(EM_EXP_C2));
+    p = f8_add(f8_mul(p, r), f8_set1(EM_EXP_C3));
+    p = f8_add(f8_mul(p, r), f8_set1(EM_EXP_C4));
+    p = f8_add(f8_mul(p, r), f8_set1(EM_EXP_C5));
+    p = f8_add(f8_mul(p, f8_mul(r, r)), f8_add(r, f8_set1(1.0f)));
+    return f8_mul(p, f8_pow2(n));
+}
+
+static void silu_mul(float *g, const float *u, int n) {
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const f8 x = f8_load(g + i);
+        const f8 silu = f8_div(x, f8_add(f8_set1(1.0f), exp8(f8_neg(x))));
+        f8_store(g + i, f8_mul(silu, f8_load(u + i)));
+    }
+    for (; i < n; i++) g[i] = g[i] / (1.0f + em_expf(-g[i])) * u[i];
+}
+
+static float exp_sum(float *x, float m, int n) {
+    f8 lo = f8_zero(), hi = f8_zero();
+    int i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const f8 a = exp8(f8_sub(f8_load(x + i), f8_set1(m)));
+        const f8 b = exp8(f8_sub(f8_load(x + i + 8), f8_set1(m)));
+        f8_store(x + i, a);
+        f8_store(x + i + 8, b);
+        lo = f8_add(lo, a);
+        hi = f8_add(hi, b);
+    }
+    if (i < n) {
+        float tail[16] = {0};
+        for (int l = 0; i + l < n; l++) tail[l] = x[i + l] = em_expf(x[i + l] - m);
+        lo = f8_add(lo, f8_load(tail));
+        hi = f8_add(hi, f8_load(tail + 8));
+    }
+    return f8_tree(lo, hi);
+}
+
+static void weighted_sum(const float *p, const float *v, int n, int d, float sum, float *out) {
+    int c = 0;
+    for (; c + 32 <= d; c += 32) {
+        f8 acc[4] = {f8_zero(), f8_zero(), f8_zero(), f8_zero()};
+        for (int j = 0; j < n; j++) {
+            const f8 w = f8_set1(p[j]);
+            const float *row = v + (size_t)j * (size_t)d + c;
+            for (int k = 0; k < 4; k++) acc[k] = f8_add(acc[k], f8_mul(w, f8_load(row + 8 * k)));
+        }
+        for (int k = 0; k < 4; k++) f8_store(out + c + 8 * k, f8_div(acc[k], f8_set1(sum)));
+    }
+    for (; c < d; c++) {
+        float acc = 0.0f;
+        for (int j = 0; j < n; j++) acc += p[j] * v[(size_t)j * (size_t)d + (size_t)c];
+        out[c] = acc / sum;
+    }
+}
+
+#define EM_ISA_TABLE(name)                                                                                   \
+    {name, supported, quantize, matmul, accumulate, dot, scale_mul, silu_mul, exp_sum, weighted_sum}
+
+#endif
