@@ -77,7 +77,12 @@ void em_isa_set(const em_isa *isa);
 
 extern const em_isa em_isa_scalar;
 #if defined(__x86_64__)
-extern const em_isa em_isa_avx2;
+extern const em_isa em_isa_avx2, em_isa_avx512;
+#ifdef EM_SIMDE
+extern const em_isa em_isa_avx512_simde; /* the same source as avx512, its instructions emulated */
+#endif
+#elif defined(__aarch64__)
+extern const em_isa em_isa_neon, em_isa_neon_dotprod, em_isa_neon_i8mm;
 #endif
 
 /* A pool of worker threads. Workers spin for some microseconds after a task, then sleep. */

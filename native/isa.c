@@ -6,7 +6,15 @@
 /* Best first: the first supported one is the default. */
 static const em_isa *const all[] = {
 #if defined(__x86_64__)
+    &em_isa_avx512,
     &em_isa_avx2,
+#ifdef EM_SIMDE
+    &em_isa_avx512_simde,
+#endif
+#elif defined(__aarch64__)
+    &em_isa_neon_i8mm,
+    &em_isa_neon_dotprod,
+    &em_isa_neon,
 #endif
     &em_isa_scalar,
 };

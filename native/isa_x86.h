@@ -2,7 +2,13 @@
 #ifndef ISA_X86_H
 #define ISA_X86_H
 
+#ifdef EM_SIMDE
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#else
 #include <immintrin.h>
+#endif
 
 #include "isa_body.h"
 

@@ -1,0 +1,175 @@
+/* NEON on 64-bit ARM, built three times: plain, with dotprod (EM_DOTPROD), with i8mm (EM_I8MM).
+ * Eight rows are two vectors of four. */
+#if defined(__aarch64__)
+
+#include <arm_neon.h>
+
+#include "isa_body.h"
+
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+#if defined(EM_I8MM)
+#define ISA_NAME "neon-i8mm"
+#define ISA_SYMBOL em_isa_neon_i8mm
+#elif defined(EM_DOTPROD)
+#define ISA_NAME "neon-dotprod"
+#define ISA_SYMBOL em_isa_neon_dotprod
+#else
+#define ISA_NAME "neon"
+#define ISA_SYMBOL em_isa_neon
+#endif
+
+static int supported(void) {
+#if !defined(EM_I8MM) && !defined(EM_DOTPROD)
+    return 1;
+#elif defined(__linux__)
+    const unsigned long dotprod = 1ul << 20, i8mm = 1ul << 13; /* HWCAP_ASIMDDP, HWCAP2_I8MM */
+#if defined(EM_I8MM)
+    return (getauxval(AT_HWCAP2) & i8mm) != 0 && (getauxval(AT_HWCAP) & dotprod) != 0;
+#else
+    (void)i8mm;
+    return (getauxval(AT_HWCAP) & dotprod) != 0;
+#endif
+#elif defined(__APPLE__) && defined(EM_DOTPROD)
+    return 1; /* every Apple core that runs 64-bit macOS has it */
+#else
+    return 0;
+#endif
+}
+
+typedef struct {
+    float32x4_t lo, hi;
+} f8;
+typedef struct {
+    int32x4_t lo, hi;
+} i8x;
+
+INLINE f8 f8_set1(float x) { return (f8){vdupq_n_f32(x), vdupq_n_f32(x)}; }
+INLINE f8 f8_zero(void) { return f8_set1(0.0f); }
+INLINE f8 f8_load(const float *p) { return (f8){vld1q_f32(p), vld1q_f32(p + 4)}; }
+INLINE void f8_store(float *p, f8 x) {
+    vst1q_f32(p, x.lo);
+    vst1q_f32(p + 4, x.hi);
+}
+INLINE f8 f8_add(f8 a, f8 b) { return (f8){vaddq_f32(a.lo, b.lo), vaddq_f32(a.hi, b.hi)}; }
+INLINE f8 f8_sub(f8 a, f8 b) { return (f8){vsubq_f32(a.lo, b.lo), vsubq_f32(a.hi, b.hi)}; }
+INLINE f8 f8_mul(f8 a, f8 b) { return (f8){vmulq_f32(a.lo, b.lo), vmulq_f32(a.hi, b.hi)}; }
+INLINE f8 f8_div(f8 a, f8 b) { return (f8){vdivq_f32(a.lo, b.lo), vdivq_f32(a.hi, b.hi)}; }
+INLINE f8 f8_max(f8 a, f8 b) { return (f8){vmaxq_f32(a.lo, b.lo), vmaxq_f32(a.hi, b.hi)}; }
+INLINE f8 f8_neg(f8 x) { return (f8){vnegq_f32(x.lo), vnegq_f32(x.hi)}; }
+INLINE f8 f8_abs(f8 x) { return (f8){vabsq_f32(x.lo), vabsq_f32(x.hi)}; }
+INLINE f8 f8_below(f8 x, f8 limit, f8 other) {
+    return (f8){vbslq_f32(vcltq_f32(x.lo, limit.lo), other.lo, x.lo),
+                vbslq_f32(vcltq_f32(x.hi, limit.hi), other.hi, x.hi)};
+}
+INLINE f8 f8_above(f8 x, f8 limit, f8 other) {
+    return (f8){vbslq_f32(vcgtq_f32(x.lo, limit.lo), other.lo, x.lo),
+                vbslq_f32(vcgtq_f32(x.hi, limit.hi), other.hi, x.hi)};
+}
+INLINE f8 f8_round(f8 x) { return (f8){vrndnq_f32(x.lo), vrndnq_f32(x.hi)}; }
+INLINE f8 f8_ints(i8x x) { return (f8){vcvtq_f32_s32(x.lo), vcvtq_f32_s32(x.hi)}; }
+INLINE f8 f8_halves(const uint8_t *p) {
+    const float16x8_t h = vreinterpretq_f16_u8(vld1q_u8(p));
+    return (f8){vcvt_f32_f16(vget_low_f16(h)), vcvt_f32_f16(vget_high_f16(h))};
+}
+INLINE f8 f8_pow2(f8 n) {
+    const int32x4_t bias = vdupq_n_s32(127);
+    return (f8){vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n.lo), bias), 23)),
+                vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n.hi), bias), 23))};
+}
+INLINE float f8_peak(f8 x) { return vmaxvq_f32(vmaxq_f32(x.lo, x.hi)); }
+INLINE float f8_tree(f8 lo, f8 hi) {
+    const f8 s8 = f8_add(lo, hi);
+    const float32x4_t s4 = vaddq_f32(s8.lo, s8.hi);
+    const float32x2_t s2 = vadd_f32(vget_low_f32(s4), vget_high_f32(s4));
+    return vget_lane_f32(s2, 0) + vget_lane_f32(s2, 1);
+}
+INLINE void i8x_store(int32_t *to, i8x v) {
+    vst1q_s32(to, v.lo);
+    vst1q_s32(to + 4, v.hi);
+}
+INLINE int32_t bytes_sum(const f8 v[4], int8_t *q) {
+    int32_t sum = 0;
+    for (int i = 0; i < 4; i++) {
+        const int32x4_t lo = vcvtnq_s32_f32(v[i].lo), hi = vcvtnq_s32_f32(v[i].hi);
+        vst1_s8(q + 8 * i, vmovn_s16(vcombine_s16(vmovn_s32(lo), vmovn_s32(hi))));
+        sum += vaddvq_s32(vaddq_s32(lo, hi));
+    }
+    return sum;
+}
+
+/* top[h][t]: columns 4t .. 4t + 3 of rows 4h .. 4h + 3, the top six bits (fewer at lower levels) of
+ * every code, so that they are signed bytes too; low: the last two bits of level-8 codes. */
+typedef struct {
+    uint8x16_t top[2][8], low[2][8];
+} codes;
+
+/* The `bits`-wide field at bit `from` of every byte, moved to bit `to`. */
+INLINE uint8x16_t field(const uint8_t *p, int from, int to, int bits) {
+    const uint8x16_t mask = vdupq_n_u8((uint8_t)(((1 << bits) - 1) << to));
+    return vandq_u8(vshlq_u8(vld1q_u8(p), vdupq_n_s8((int8_t)(to - from))), mask);
+}
+
+INLINE void unpack(em_unit u, int level, codes *c) {
+    const int width = level == 0 ? 2 : level == 1 ? 3 : level == 2 ? 4 : 6;
+    for (int h = 0; h < 2; h++) {
+        for (int t = 0; t < 8; t++) {
+            const int in_pair = 2 * (t % 4), at = 32 * (t / 4) + 16 * h;
+            uint8x16_t v = field(u.p[0] + at, in_pair, width - 2, 2);
+            if (level >= 1) v = vorrq_u8(v, field(u.p[1] + 16 * h, t, width - 3, 1));
+            if (level >= 2) v = vorrq_u8(v, field(u.p[2] + 16 * h, t, width - 4, 1));
+            if (level >= 3) v = vorrq_u8(v, field(u.p[3] + at, in_pair, 0, 2));
+            c->top[h][t] = v;
+            if (level == 4) c->low[h][t] = field(u.p[4] + at, in_pair, 0, 2);
+        }
+    }
+}
+
+INLINE int8x16_t broadcast4(const int8_t *q) {
+    int32_t four;
+    memcpy(&four, q, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+}
+
+/* Dots of 4 rows with 32 activations. */
+INLINE int32x4_t dots4(const uint8x16_t c[8], const int8_t *q) {
+#if defined(EM_I8MM)
+    int32x4_t sum = vdupq_n_s32(0);
+    for (int t = 0; t < 8; t++) sum = vusdotq_s32(sum, c[t], broadcast4(q + 4 * t));
+    return sum;
+#elif defined(EM_DOTPROD)
+    int32x4_t sum = vdupq_n_s32(0);
+    for (int t = 0; t < 8; t++) sum = vdotq_s32(sum, vreinterpretq_s8_u8(c[t]), broadcast4(q + 4 * t));
+    return sum;
+#else
+    /* two products of at most 63 * 127 fit in int16 */
+    int32x4_t lo = vdupq_n_s32(0), hi = vdupq_n_s32(0);
+    for (int t = 0; t < 8; t += 2) {
+        const int8x16_t a = vreinterpretq_s8_u8(c[t]), b = vreinterpretq_s8_u8(c[t + 1]);
+        const int8x16_t x = broadcast4(q + 4 * t), y = broadcast4(q + 4 * t + 4);
+        lo = vpadalq_s16(lo,
+                         vmlal_s8(vmull_s8(vget_low_s8(a), vget_low_s8(x)), vget_low_s8(b), vget_low_s8(y)));
+        hi = vpadalq_s16(
+            hi, vmlal_s8(vmull_s8(vget_high_s8(a), vget_high_s8(x)), vget_high_s8(b), vget_high_s8(y)));
+    }
+    return vpaddq_s32(lo, hi);
+#endif
+}
+
+INLINE i8x dots(const codes *c, int level, const int8_t *q) {
+    i8x sum = {dots4(c->top[0], q), dots4(c->top[1], q)};
+    if (level == 4) {
+        sum.lo = vaddq_s32(vshlq_n_s32(sum.lo, 2), dots4(c->low[0], q));
+        sum.hi = vaddq_s32(vshlq_n_s32(sum.hi, 2), dots4(c->low[1], q));
+    }
+    return sum;
+}
+
+#define ISA_BODY
+#include "isa_body.h"
+
+const em_isa ISA_SYMBOL = EM_ISA_TABLE(ISA_NAME);
+
+#endif
