@@ -213,9 +213,13 @@ def run(
     The text is streamed to stdout; everything else, and one line of figures at the end, goes to
     stderr. Sampling defaults are the model's own.
     """
+    from .terminal.model_path import require_store, sort_arguments
+
+    which, text = sort_arguments(model_arg, prompt_arg, model, prompt)
+    if which is not None:
+        require_store(which)
     from .terminal import run as running
 
-    which, text = running.sort_arguments(model_arg, prompt_arg, model, prompt)
     sampling = {
         name: settings.pop(name)
         for name in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")

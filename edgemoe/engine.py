@@ -16,7 +16,7 @@ import numpy as np
 from . import kernels
 from .chat import ChatTemplate
 from .cpu_attn.kv_cache import KVCache
-from .errors import CheckpointError, StoreError, UsageError
+from .errors import CheckpointError, KernelError, StoreError, UsageError
 from .generation import Generation
 from .layout import RecordLayout
 from .loader import budget as memory
@@ -134,9 +134,12 @@ def _plan(
             + float_bytes(store)
         )
 
-    pool_scratch = kernels.scratch_bytes(
-        store.expert_layout, dense, threads, chunk, cfg.num_experts_per_tok, ctx_size
-    )
+    try:
+        pool_scratch = kernels.scratch_bytes(
+            store.expert_layout, dense, threads, chunk, cfg.num_experts_per_tok, ctx_size
+        )
+    except KernelError as exc:
+        raise StoreError(f"{store.path}: {exc}; convert its checkpoint again") from None
     footprint = fit.Footprint(
         weights=weights,
         kv_per_token=cfg.kv_bytes_per_token,

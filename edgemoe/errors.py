@@ -19,15 +19,18 @@ from pathlib import PurePath
 
 
 def shown(value: object, limit: int = 160) -> str:
-    """`value` as one short printable line, for use inside a message.
+    """`value` as one printable line, for use inside a message.
 
     Text and paths stand as they are where they are printable; everything else goes through repr.
-    Names and values come from files nobody vouches for: they may hold newlines or be huge.
+    Names and values come from files nobody vouches for: they may hold newlines or be huge, so all
+    but paths is cut to `limit` characters.
     """
     text = str(value) if isinstance(value, (str, PurePath)) else repr(value)
     if not text.isprintable():
         text = repr(text)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+    if len(text) <= limit or isinstance(value, PurePath):
+        return text
+    return f"{text[: limit - 3]}..."
 
 
 class EdgeMoEError(Exception):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from . import _native
 from .errors import KernelError, UsageError
 from .layout import UNIT, MatrixLayout, RecordLayout
-from .types import F32, I8, I32, I64, U8, U64
+from .types import F32, I8, I32, I64, LEVELS, U8, U64
 
 Pool = _native.Pool
 MAX_THREADS = 1024
@@ -85,8 +85,18 @@ def _addresses(layout: RecordLayout, segments: Sequence[U8]) -> U64:
     return out
 
 
+MAX_GROUP_SIZE = 256
+"""Input columns that may share a scale; the kernels keep a group's codes on the stack."""
+
+
 def _group_units(layout: RecordLayout) -> int:
-    return layout.quant.group_size // UNIT
+    quant = layout.quant
+    if quant.levels != LEVELS or quant.group_size % UNIT or quant.group_size > MAX_GROUP_SIZE:
+        raise KernelError(
+            f"levels {quant.levels} in groups of {quant.group_size}: the kernels take {LEVELS} in "
+            f"groups of a multiple of {UNIT} up to {MAX_GROUP_SIZE}"
+        )
+    return quant.group_size // UNIT
 
 
 @dataclass(frozen=True)
@@ -158,7 +168,7 @@ def linear_f32(pool: Pool, x: F32, w: F32) -> F32:
 def decode_rows(matrix: NestedMatrix, ids: I64) -> F32:
     """Rows `ids` (int64 [n]) of a nested matrix, decoded -> float32 [n, cols]."""
     _check("ids", ids, np.int64, None)
-    if ids.size and not (0 <= int(ids.min()) and int(ids.max()) < matrix.layout.rows):
+    if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < matrix.layout.rows):
         raise KernelError(f"ids: expected values in [0, {matrix.layout.rows})")
     out = np.empty((ids.shape[0], matrix.layout.cols), np.float32)
     _native.decode_rows(matrix.native, ids, out)
@@ -235,11 +245,11 @@ def experts(
     _check("first_pair", first_pair, np.int32, jobs + 1)
     _check("pair_token", pair_token, np.int32, None)
     if jobs:
-        if not (0 <= int(levels.min()) and int(levels.max()) < depth):
+        if not (int(levels.min()) >= 0 and int(levels.max()) < depth):
             raise KernelError(f"levels: expected indices in [0, {depth})")
         if first_pair[0] != 0 or first_pair[-1] != pairs or (np.diff(first_pair) < 1).any():
             raise KernelError("first_pair: expected a rising partition of the pairs")
-        if not (0 <= int(pair_token.min()) and int(pair_token.max()) < x.shape[0]):
+        if not (int(pair_token.min()) >= 0 and int(pair_token.max()) < x.shape[0]):
             raise KernelError(f"pair_token: expected rows in [0, {x.shape[0]})")
         if (segments[np.arange(depth)[None, :] <= levels[:, None]] == 0).any():
             raise KernelError("segments: a segment at or below a job's level has no address")
@@ -268,7 +278,7 @@ def combine(pool: Pool, pair_out: F32, position: I32, weights: F32) -> F32:
     _check("pair_out", pair_out, np.float32, None, None)
     _check("position", position, np.int32, None, None)
     _check("weights", weights, np.float32, *position.shape)
-    if position.size and not (0 <= int(position.min()) and int(position.max()) < pair_out.shape[0]):
+    if position.size and not (int(position.min()) >= 0 and int(position.max()) < pair_out.shape[0]):
         raise KernelError(f"position: expected pairs in [0, {pair_out.shape[0]})")
     y = np.empty((position.shape[0], pair_out.shape[1]), np.float32)
     _native.combine(pool, pair_out, position, weights, y)

@@ -13,8 +13,8 @@ import numpy as np
 
 from edgemoe.kernels import crc32c
 from edgemoe.layout import PART_ALIGN, align_up, dense_layout, expert_layout
-from edgemoe.store import StoreWriter, tensor_shapes
-from edgemoe.types import F32, U8, ModelConfig, QuantSpec
+from edgemoe.store import Store, StoreWriter, tensor_shapes
+from edgemoe.types import F32, U8, ModelConfig, PlaneRef, QuantSpec
 
 SUPERBLOCK = 4096
 
@@ -87,6 +87,13 @@ def make_store(path: Path, config: ModelConfig = TINY, seed: int = 0) -> Sample:
             writer.add_section(name, data)
         writer.commit()
     return sample
+
+
+def read(store: Store, ref: PlaneRef) -> bytes:
+    """The bytes of one part, verified."""
+    out = np.empty(ref.size, np.uint8)
+    store.read_into(ref, out)
+    return out.tobytes()
 
 
 def checksum(data: bytes) -> int:

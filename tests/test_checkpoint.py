@@ -184,6 +184,19 @@ def test_opening_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert reads.ranges == []
 
 
+def test_what_was_read_leaves_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, OLMOE))
+    reads = Reads(monkeypatch)
+    dropped: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, offset, size, advice: dropped.append((offset, size))
+    )
+    checkpoint.expert(1, 1)
+    assert dropped == reads.ranges
+
+
 def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = make_tensors(OLMOE)
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, OLMOE, tensors))
@@ -223,6 +236,9 @@ def test_weights_that_are_no_numbers(tmp_path: Path, value: float, dtype: str) -
     message = str(caught.value)
     assert all(word in message for word in [name, "model.safetensors", f"{value:g}"]), message
     assert "row 5, column 2" in message
+    with pytest.raises(CheckpointError, match="row 5, column 2"):
+        checkpoint.expert_matrix(1, 3, "up", rows=(3, 8))
+    assert checkpoint.expert_matrix(1, 3, "up", rows=(6, 8)).shape == (2, 16)
 
 
 def test_files_beside_the_weights(tmp_path: Path) -> None:
@@ -234,7 +250,7 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     contents = {
         "tokenizer.json": b'{"a": 1}',
         "tokenizer_config.json": b"{}",
-        "generation_config.json": b'{"eos_token_id": [2, 9], "bos_token_id": 4}',
+        "generation_config.json": b'{"eos_token_id": [9, 2, 5], "bos_token_id": 4}',
         "chat_template.jinja": b"{{ messages }}",
     }
     for name, data in contents.items():
@@ -243,7 +259,7 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     checkpoint.require_tokenizer()
     assert checkpoint.files == contents
-    assert checkpoint.config.eos_token_ids == (2, 9)
+    assert checkpoint.config.eos_token_ids == (2, 9, 5)
     assert checkpoint.config.bos_token_id == 4
     assert checkpoint.model_type == "olmoe"
     assert checkpoint.path == tmp_path

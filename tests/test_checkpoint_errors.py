@@ -175,6 +175,8 @@ def test_config_values_are_named_with_their_file(tmp_path: Path) -> None:
 
 def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
     refuse(tmp_path / "nowhere", "nowhere", "does not exist")
+    deep = tmp_path / ("x" * 120) / ("y" * 120) / "nowhere"
+    refuse(deep, str(deep))
     refuse(tmp_path / "no\nwhere", r"no\nwhere")
     refuse(tmp_path / ("x" * 300), "cannot read", "name too long")
     refuse(tmp_path / "nul\0byte", r"nul\x00byte")

@@ -63,7 +63,7 @@ def test_bytes_after_the_last_tensor(file: Path) -> None:
     fails(file, "1 bytes after its last tensor")
 
 
-@pytest.mark.parametrize("length", [1 << 63, (1 << 64) - 1, 1 << 40, 100_000_001, 1000])
+@pytest.mark.parametrize("length", [1 << 63, (1 << 64) - 1, 1 << 40, 100_000_001, 1000, 16, 9])
 def test_header_length_beyond_the_file(file: Path, length: int) -> None:
     file.write_bytes(length.to_bytes(8, "little") + b'{"a": 1}')
     fails(file, str(length), "16 bytes do not hold")
@@ -104,22 +104,26 @@ def test_duplicate_keys(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "nbytes"),
     [
-        [1 << 33, 1 << 33],  # 2^66 elements: 4 in 64-bit arithmetic after the factor 4 wraps
-        [1 << 32, 1 << 32],
-        [1 << 62, 4],
-        [(1 << 64) + 6],
-        [6, 1 << 64],
-        [3] * 16,
-        [(1 << 63) - 1] * 16,
-        [5],
-        [7],
-        [],
+        ([1 << 33, 1 << 33], 0),  # 2^66 elements: none in 64-bit arithmetic
+        ([1 << 32, 1 << 32], 0),
+        ([1 << 62], 0),  # 2^64 bytes
+        ([2, 3 + (1 << 61)], 24),  # 24 + 2^64 bytes
+        ([2, 3 + (1 << 58)], 24),  # 24 * 8 + 2^64 bits
+        ([11, 1676976733973595602], 24),  # 6 + 2^64 elements
+        ([1 << 33, 1 << 33], 24),
+        ([(1 << 64) + 6], 24),
+        ([6, 1 << 64], 24),
+        ([(1 << 63) - 1] * 16, 24),
+        ([5], 24),
+        ([7], 24),
+        ([], 24),
+        ([], 0),
     ],
 )
-def test_shapes_whose_product_is_not_the_length(file: Path, shape: list[int]) -> None:
-    write_raw(file, {"bad": entry(shape, 0, 24)}, bytes(24))
+def test_shapes_whose_product_is_not_the_length(file: Path, shape: list[int], nbytes: int) -> None:
+    write_raw(file, {"bad": entry(shape, 0, nbytes)}, bytes(nbytes))
     fails(file, "tensor bad")
 
 

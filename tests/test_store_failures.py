@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import signal
@@ -20,7 +21,6 @@ from store_samples import TINY, Sample, make_store
 
 from edgemoe.errors import EdgeMoEError, OutputError, StoreError
 from edgemoe.store import Store, StoreWriter, replace_section
-from edgemoe.store import file as store_file
 from edgemoe.types import QuantSpec
 
 WRITING_CALLS = ("pwrite", "fsync", "ftruncate", "replace")
@@ -204,7 +204,7 @@ def test_without_locks_the_process_id_decides(
     def no_locks(fd: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(store_file.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     gone = subprocess.Popen(["true"])
     gone.wait()
     stale = tmp_path / f".m.emoe.{gone.pid}.00000000.tmp"
@@ -339,7 +339,7 @@ def test_replacements_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(StoreError, match="section is named"):
         replace_section(sample.path, "a\n", b"")
     with open(sample.path, "rb") as other:
-        store_file.fcntl.flock(other, store_file.fcntl.LOCK_EX)
+        fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match="another process is changing it"):
             replace_section(sample.path, "x", b"")
     junk = tmp_path / "junk"

@@ -318,7 +318,7 @@ def test_a_sparse_file_of_many_experts_costs_nothing(path: Path) -> None:
 
 
 def test_random_edits_of_the_header(path: Path) -> None:
-    """Bytes changed at random, checksums right: a StoreError or a store that works, no other end."""
+    """Bytes changed at random, checksums right: a StoreError or a sound store, no other end."""
     rng = random.Random(1)
     original = path.read_bytes()
     _, raw = header_of(original)

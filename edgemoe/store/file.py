@@ -231,14 +231,14 @@ class AtomicFile:
         """Bring the bytes to the disk, then give the file its name. OSError where that fails."""
         os.fsync(self.fd)
         os.replace(self._temporary, self._target)
-        self._open = False
-        os.close(self.fd)
         try:
             _sync_directory(self._directory)
-        except OSError:
+        except BaseException:  # the name may not outlive a power cut: take it back
             with contextlib.suppress(OSError):
                 os.unlink(self._target)
             raise
+        self._open = False
+        os.close(self.fd)
 
     def discard(self) -> None:
         """Remove the temporary file; nothing happens after commit."""

@@ -278,9 +278,8 @@ def _difference(got: Any, want: Any, where: str) -> str:
 def _check_regions(header: Header, superblock: Superblock) -> None:
     at, size = superblock.header_offset, superblock.header_length
     end = 0
-    for offset, length, alignment, what in sorted(
-        [*header.regions(), (at, size, PART_ALIGN, "header")]
-    ):
+    parts = [part for part in header.regions() if part[1]]  # an empty part lies nowhere
+    for offset, length, alignment, what in sorted([*parts, (at, size, PART_ALIGN, "header")]):
         want = align_up(end, alignment)
         if offset != want:
             raise StoreError(

@@ -140,8 +140,8 @@ class Store:
             ChecksumError: the bytes differ from those written; names the part.
             StoreError: the file ends early or cannot be read. UsageError: `out` does not fit.
         """
-        if out.dtype != np.uint8 or out.shape != (ref.size,) or not out.flags.c_contiguous:
-            raise UsageError(f"read_into needs a contiguous uint8 array of {ref.size} bytes")
+        if out.dtype != np.uint8 or out.shape != (ref.size,) or not out.flags.carray:
+            raise UsageError(f"read_into needs a writable uint8 array of {ref.size} bytes in a row")
         read_exactly(self.fileno(), out.data, ref.offset, self._where)
         if crc32c(out) != ref.crc32c:
             raise ChecksumError(
@@ -169,9 +169,9 @@ class Store:
         return out.tobytes()
 
     def _regions(self) -> list[tuple[int, int, str]]:
-        """(offset, size, what) of every region of the file, ascending."""
+        """(offset, size, what) of every region of the file that is not empty, ascending."""
         block = self._block
-        regions = [(o, size, what) for o, size, _, what in self._header.regions()]
+        regions = [(o, size, what) for o, size, _, what in self._header.regions() if size]
         return sorted([*regions, (block.header_offset, block.header_length, "header")])
 
     def _describe(self, offset: int) -> str:

@@ -24,7 +24,7 @@ def replace_section(path: str | os.PathLike[str], name: str, data: bytes) -> Non
 
     Raises:
         StoreError: `path` is no sound store. OutputError: it cannot be written, or another process
-            is replacing a section of it; the store is as it was.
+            is replacing a section of it; the store is sound and has the old section or the new one.
     """
     where = shown(path)
     check_section_name(name)

@@ -7,6 +7,7 @@ import shlex
 import signal
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,8 +40,8 @@ def run(src: str, out: str, *, force: bool = False) -> int:
     refuse_hub_name(src)
     check_output(out, force=force)
     check_text_files(src)
-    with _terminate_cleanly(), _progress(os.path.basename(out)) as progress:
-        report = convert(src, out, progress=progress)
+    with _progress(os.path.basename(out)) as progress, _stoppable(progress) as watched:
+        report = convert(src, out, progress=watched)
     bits = 8 * report.file_bytes / report.weights
     print(
         f"{shown(out)}: {report.weights / 1e6:.1f} M weights in {format_size(report.file_bytes)} "
@@ -108,17 +109,37 @@ def check_text_files(src: str) -> None:
 
 
 @contextmanager
-def _terminate_cleanly() -> Iterator[None]:
-    """Let a SIGTERM unwind, so that the half-written file is removed."""
+def _stoppable(progress: Progress) -> Iterator[Progress]:
+    """Turn SIGINT and SIGTERM into an exception, but only between two runs of rows.
 
-    def leave(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
+    There it always reaches the writer's clean-up; in the middle of opening the temporary file, say,
+    it might not. The second Ctrl-C does not wait.
+    """
+    seen: list[int] = []
 
-    before = signal.signal(signal.SIGTERM, leave)
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(signum)
+
+    def watched(done: int, total: int, what: str) -> None:
+        progress(done, total, what)
+        if seen and done < total:
+            raise KeyboardInterrupt if seen[0] == signal.SIGINT else SystemExit(128 + seen[0])
+
+    mine = threading.current_thread() is threading.main_thread()
+    # A job that was told to ignore a signal (nohup, a shell's background) goes on ignoring it.
+    handled = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if mine and signal.getsignal(number) is not signal.SIG_IGN
+    ]
+    before = [signal.signal(number, on_signal) for number in handled]
     try:
-        yield
+        yield watched
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(handled, before, strict=True):
+            signal.signal(number, handler)
 
 
 @contextmanager

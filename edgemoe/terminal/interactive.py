@@ -11,13 +11,13 @@ from pathlib import Path
 
 from ..engine import Model, OpenedModel
 from ..errors import UsageError
-from ..sampling import SamplingParams
 from .run import (
     INTERACTIVE_CTX,
     RunOptions,
     choose_sampling,
     load_model,
     note,
+    note_idle_settings,
     prompt_ids,
     report,
     speak,
@@ -34,7 +34,7 @@ def converse(opened: OpenedModel, options: RunOptions) -> int:
     """
     longest = opened.config.max_position_embeddings
     ctx = options.ctx_size or min(longest, INTERACTIVE_CTX)
-    sampling = choose_sampling(opened, options)
+    note_idle_settings(options, choose_sampling(opened, options))
     with history(), load_model(opened, options, ctx) as model:
         chats = opened.chat_template is not None and not options.raw
         kind = "a conversation" if chats else "every line a prompt of its own"
@@ -43,7 +43,7 @@ def converse(opened: OpenedModel, options: RunOptions) -> int:
         while (line := read_line()) is not None:
             if line.strip():
                 turn = {"role": "user", "content": line}
-                talk = _answer(opened, model, options, sampling, [*talk, turn] if chats else [turn])
+                talk = _answer(opened, model, options, [*talk, turn] if chats else [turn])
     return 0
 
 
@@ -51,10 +51,10 @@ def _answer(
     opened: OpenedModel,
     model: Model,
     options: RunOptions,
-    sampling: SamplingParams,
     talk: list[dict[str, str]],
 ) -> list[dict[str, str]]:
     """Answer the last turn; the conversation as it is to go on."""
+    sampling = choose_sampling(opened, options)  # a fresh seed each time, unless one was given
     try:
         ids, kept = fit(opened, talk, options, model.plan.ctx_size)
         generation = model.stream(

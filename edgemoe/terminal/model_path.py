@@ -1,4 +1,7 @@
-"""From what a user typed for a model to the path of a store, or an error that says what to do."""
+"""What a user typed for a model: which argument it is, and whether it may be a store.
+
+Imports nothing heavy, so that a wrong name is answered at once.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,35 @@ MODEL_SUFFIXES = (".emoe", ".gguf", ".safetensors")
 _ORG_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def looks_like_model(argument: str) -> bool:
-    """Whether a lone argument is a model rather than a prompt."""
-    return argument.endswith(MODEL_SUFFIXES) or os.path.exists(argument)
+def sort_arguments(
+    model_arg: str | None, prompt_arg: str | None, model: str | None, prompt: str | None
+) -> tuple[str | None, str | None]:
+    """(model, prompt) of the two positional arguments and the values of -m and -p.
+
+    A lone argument is what -m or -p leaves open, else a model if it exists or ends like one, else
+    a prompt. None: not given.
+
+    Raises:
+        UsageError: one of them was given twice.
+    """
+    given = [a for a in (model_arg, prompt_arg) if a is not None]
+    if len(given) + (model is not None) + (prompt is not None) > 2:
+        raise UsageError("more than one model and one prompt were given: put the prompt in quotes")
+    if model is not None:
+        refuse_hub_name(model)
+        return model, given[0] if given else prompt
+    if prompt is not None:
+        return (given[0] if given else None), prompt
+    if len(given) == 2:
+        return given[0], given[1]
+    if given and (given[0].endswith(MODEL_SUFFIXES) or os.path.exists(given[0])):
+        return given[0], None
+    return None, (given[0] if given else None)
 
 
 def refuse_hub_name(name: str) -> None:
     """Raise UsageError where `name` is ORG/NAME of a model hub and no path."""
-    if not os.path.exists(name) and _ORG_NAME.fullmatch(name) and not _is_model_file(name):
+    if not os.path.exists(name) and _ORG_NAME.fullmatch(name) and not name.endswith(MODEL_SUFFIXES):
         local = name.rpartition("/")[2]
         raise UsageError(
             f"{name} is not a file here, and this version downloads nothing: hf download {name} "
@@ -57,10 +81,6 @@ def require_store(path: str) -> None:
         raise _is_checkpoint("part of a checkpoint", where.parent)
     if where.suffix == ".gguf" or (stat.S_ISREG(mode) and _begins_with(where, b"GGUF")):
         raise _is_checkpoint("a GGUF file", where)
-
-
-def _is_model_file(name: str) -> bool:
-    return name.endswith(MODEL_SUFFIXES)
 
 
 def _is_checkpoint(kind: str, source: Path) -> StoreError:

@@ -21,7 +21,6 @@ from ..generation import Generation
 from ..loader.budget import format_size
 from ..sampling import SamplingParams
 from ..types import Stats
-from .model_path import looks_like_model, refuse_hub_name, require_store
 
 CTX_STEP = 256
 INTERACTIVE_CTX = 4096
@@ -48,38 +47,10 @@ class RunOptions:
     logits_hash: bool = False
 
 
-def sort_arguments(
-    model_arg: str | None, prompt_arg: str | None, model: str | None, prompt: str | None
-) -> tuple[str | None, str | None]:
-    """(model, prompt) of the two positional arguments and the values of -m and -p.
-
-    A lone argument is what -m or -p leaves open, else a model if it exists or ends like one, else
-    a prompt. None: not given.
-
-    Raises:
-        UsageError: one of them was given twice.
-    """
-    given = [a for a in (model_arg, prompt_arg) if a is not None]
-    if len(given) + (model is not None) + (prompt is not None) > 2:
-        raise UsageError("more than one model and one prompt were given: put the prompt in quotes")
-    if model is not None:
-        refuse_hub_name(model)
-        return model, given[0] if given else prompt
-    if prompt is not None:
-        return (given[0] if given else None), prompt
-    if len(given) == 2:
-        return given[0], given[1]
-    if given and looks_like_model(given[0]):
-        return given[0], None
-    return None, (given[0] if given else None)
-
-
 def run(options: RunOptions) -> int:
     """Do what was asked; returns the exit code."""
     if any(not text for text in options.stop):
         raise UsageError("--stop needs some text: an empty string would end every answer at once")
-    if options.model is not None:
-        require_store(options.model)
     prompt = options.prompt
     if prompt is None:
         if sys.stdin is None or not sys.stdin.isatty():
@@ -133,14 +104,18 @@ def choose_sampling(opened: OpenedModel, options: RunOptions) -> SamplingParams:
 
     Drawing it here lets the figures name it, so that any run can be repeated.
     """
-    given = options.sampling or {}
-    params = replace(opened.generation_defaults, **given)
-    idle = [f"--{name.replace('_', '-')}" for name in given if name in ("top_k", "top_p", "min_p")]
-    if params.temperature == 0 and idle:
-        note(f"{', '.join(idle)} without effect: the likeliest token is taken (--temp 0)")
+    params = replace(opened.generation_defaults, **(options.sampling or {}))
     if params.temperature > 0 and params.seed is None:
         params = replace(params, seed=secrets.randbits(32))
     return params
+
+
+def note_idle_settings(options: RunOptions, params: SamplingParams) -> None:
+    """Say which of the settings asked for cannot matter."""
+    idle = [name for name in ("top_k", "top_p", "min_p") if name in (options.sampling or {})]
+    if params.temperature == 0 and idle:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        note(f"{names} without effect: the likeliest token is taken (--temp 0)")
 
 
 def load_model(opened: OpenedModel, options: RunOptions, ctx_size: int) -> Model:
@@ -188,6 +163,7 @@ def _answer_once(opened: OpenedModel, options: RunOptions, prompt: str) -> int:
             f"(this model takes at most {longest})"
         )
     sampling = choose_sampling(opened, options)
+    note_idle_settings(options, sampling)
     with load_model(opened, options, ctx) as model:
         generation = model.stream(
             ids,

@@ -1,0 +1,235 @@
+"""The Python API on the bundled model: streaming, stopping, refusing, giving memory back."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from convert_samples import make_checkpoint
+from tiny import byte_tokenizer
+
+import edgemoe
+from edgemoe.engine import bundled_path, open_model
+from edgemoe.generation import StopMatcher
+from edgemoe.loader import budget
+from edgemoe.mwq.convert import convert
+from edgemoe.types import QuantSpec
+
+GREEDY = edgemoe.SamplingParams()
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[edgemoe.Model]:
+    with edgemoe.load(bits=8, ctx_size=256, threads=2) as m:
+        yield m
+
+
+def test_stream_equals_generate(model: edgemoe.Model) -> None:
+    with model.stream("Once upon a time", max_tokens=40, sampling=GREEDY) as generation:
+        pieces = list(generation)
+    whole = model.generate("Once upon a time", max_tokens=40, sampling=GREEDY)
+    assert "".join(pieces) == whole == generation.text
+    assert len(pieces) > 20
+    assert generation.token_ids == whole.token_ids
+    stats = whole.stats
+    assert (stats.generated_tokens, stats.stop_reason, stats.mean_bits) == (40, "length", 8.0)
+    assert stats.prompt_tokens == len(generation.prompt_ids) == 4
+    assert stats.decode_tok_s > 0
+    assert stats.prefill_tok_s > 0
+    assert 0 < stats.ttft_s < 10
+    assert 0 < stats.peak_rss_bytes <= stats.mem_budget_bytes
+
+
+def test_defaults_come_from_the_model(model: edgemoe.Model) -> None:
+    assert model.generation_defaults.temperature == 0.7
+    assert model.generation_defaults.top_p == 0.9
+    seeded = edgemoe.SamplingParams(temperature=0.7, top_p=0.9, seed=5)
+    a, b = (model.generate("The cat", max_tokens=30, sampling=seeded) for _ in range(2))
+    assert a == b
+    others = {model.generate("The cat", max_tokens=30) for _ in range(4)}
+    assert len(others) > 1, "without a seed, runs differ"
+
+
+def test_stop_strings(model: edgemoe.Model) -> None:
+    full = model.generate("Once upon a time", max_tokens=60, sampling=GREEDY)
+    stop = full[20:26]
+    cut = model.generate("Once upon a time", max_tokens=60, sampling=GREEDY, stop=["zzz", stop])
+    assert cut == full[: full.index(stop)]
+    assert cut.stats.stop_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "text"),
+    [
+        (["abc"], ["xa", "b", "cd"], "x"),
+        (["abc"], ["xa", "b", "d"], "xabd"),
+        (["bc", "abc"], ["ab", "c"], ""),
+        (["aab"], ["aa", "ab"], "a"),
+        ([], ["a", "b"], "ab"),
+        ([""], ["a", "b"], "ab"),
+    ],
+)
+def test_stop_matcher(stops: list[str], pieces: list[str], text: str) -> None:
+    matcher = StopMatcher(stops)
+    out = ""
+    for piece in pieces:
+        out += matcher.push(piece)
+        if matcher.hit:
+            break
+    assert out + matcher.flush() == text
+
+
+def test_closing_early_keeps_what_there_is(model: edgemoe.Model) -> None:
+    generation = model.stream("Once upon a time", max_tokens=100, sampling=GREEDY)
+    first = [next(generation) for _ in range(5)]
+    with pytest.raises(edgemoe.UsageError, match="already"):
+        model.stream("Another")
+    generation.close()
+    generation.close()
+    assert generation.text == "".join(first)
+    assert generation.stats.stop_reason == "closed"
+    assert generation.stats.generated_tokens >= 5
+    with pytest.raises(StopIteration):
+        next(generation)
+    assert model.generate("Another", max_tokens=3, sampling=GREEDY)
+
+
+def test_a_generation_dropped_unstarted_frees_the_model(model: edgemoe.Model) -> None:
+    generation = model.stream("Once", max_tokens=5)
+    generation.close()
+    assert model.generate("Once", max_tokens=2, sampling=GREEDY)
+
+
+def test_context_is_never_overrun(model: edgemoe.Model) -> None:
+    out = model.generate([7] * 250, max_tokens=50, sampling=GREEDY)
+    assert out.stats.stop_reason in ("context", "eos")
+    assert out.stats.generated_tokens <= 7
+    with pytest.raises(edgemoe.UsageError, match="256"):
+        model.stream([7] * 256)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "match"),
+    [
+        ([], {}, "empty"),
+        ([4096], {}, "4095"),
+        ([-1], {}, "4095"),
+        ("x", {"max_tokens": 0}, "max_tokens"),
+        ("\udcff", {}, "UTF-8"),
+    ],
+)
+def test_bad_requests(model: edgemoe.Model, prompt: object, settings: dict, match: str) -> None:
+    with pytest.raises(edgemoe.UsageError, match=match):
+        model.stream(prompt, **settings)  # type: ignore[arg-type]
+    assert model.generate("ok", max_tokens=1, sampling=GREEDY).stats.generated_tokens == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 5},
+        {"dense_bits": 7},
+        {"threads": 0},
+        {"threads": 10_000},
+        {"ctx_size": 0},
+        {"ctx_size": 1025},
+        {"mem": "lots"},
+        {"mem": "0"},
+    ],
+)
+def test_bad_settings(settings: dict) -> None:
+    with pytest.raises(edgemoe.UsageError):
+        edgemoe.load(**settings)
+
+
+def test_missing_and_foreign_files(tmp_path: Path) -> None:
+    with pytest.raises(edgemoe.StoreError, match=r"nosuch\.emoe"):
+        edgemoe.load(tmp_path / "nosuch.emoe")
+    (tmp_path / "x.emoe").write_bytes(b"hello")
+    with pytest.raises(edgemoe.StoreError):
+        edgemoe.load(tmp_path / "x.emoe")
+
+
+def test_damaged_weights_are_found_at_load(tmp_path: Path) -> None:
+    data = bytearray(bundled_path().read_bytes())
+    data[len(data) // 3] ^= 1
+    (tmp_path / "m.emoe").write_bytes(data)
+    with pytest.raises(edgemoe.ChecksumError, match="damaged"):
+        edgemoe.load(tmp_path / "m.emoe", bits=8)
+
+
+@pytest.mark.parametrize("quant", [QuantSpec(group_size=512), QuantSpec(levels=(2, 4, 6, 8))])
+def test_layouts_the_kernels_lack_are_refused(tmp_path: Path, quant: QuantSpec) -> None:
+    make_checkpoint(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(byte_tokenizer(160)))
+    convert(tmp_path / "hf", tmp_path / "m.emoe", quant=quant)
+    with pytest.raises(edgemoe.StoreError, match="kernels"):
+        edgemoe.load(tmp_path / "m.emoe")
+
+
+def test_closed_model_says_so() -> None:
+    model = edgemoe.load(bits=2, ctx_size=64)
+    model.close()
+    model.close()
+    with pytest.raises(edgemoe.UsageError, match="closed"):
+        model.generate("x", max_tokens=2)
+
+
+def test_memory_comes_back() -> None:
+    edgemoe.load(bits=8, ctx_size=64).close()
+    before = budget.rss_bytes()
+    for _ in range(4):
+        with edgemoe.load(bits=8, ctx_size=64) as model:
+            model.generate("x", max_tokens=2)
+    assert budget.rss_bytes() < before + (20 << 20)
+
+
+def test_opened_model_is_usable_and_owned() -> None:
+    opened = open_model()
+    assert opened.tokenizer.encode("Once upon a time")
+    assert opened.config.num_experts == 16
+    with edgemoe.load(opened, bits=4, ctx_size=128) as model:
+        assert model.store_path == bundled_path()
+    with pytest.raises(edgemoe.UsageError):
+        opened.store.fileno()
+
+
+def test_gil_is_free_while_kernels_run(model: edgemoe.Model) -> None:
+    """Another Python thread advances while a prefill is in native code."""
+    ticks, done = 0, threading.Event()
+
+    def run() -> None:
+        for _ in range(6):
+            model.generate([7] * 250, max_tokens=1, sampling=GREEDY)
+        done.set()
+
+    worker = threading.Thread(target=run)
+    worker.start()
+    while not done.wait(0.001):
+        ticks += 1
+    worker.join()
+    assert ticks > 20
+
+
+def test_logits_hash(model: edgemoe.Model) -> None:
+    def digest(prompt: str) -> str | None:
+        out = model.generate(prompt, max_tokens=8, sampling=GREEDY, logits_hash=True)
+        return out.logits_hash
+
+    assert digest("Once upon") == digest("Once upon") != digest("Once there")
+    assert model.generate("Once", max_tokens=1).logits_hash is None
+    assert len(digest("x") or "") == 64
+
+
+def test_forward_rows(model: edgemoe.Model) -> None:
+    from edgemoe.model import Span
+
+    cache = model.new_cache()
+    out = model.forward([1, 2, 3], [Span(cache, 3)], [2, 0])
+    assert out.shape == (2, 4096)
+    assert out.dtype == np.float32
+    assert cache.length == 3
