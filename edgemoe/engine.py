@@ -318,8 +318,8 @@ class Model:
             raise UsageError(f"token ids must be from 0 to {self.config.vocab_size - 1}")
         if len(ids) >= self.plan.ctx_size:
             raise UsageError(
-                f"the prompt has {len(ids)} tokens and the context {self.plan.ctx_size}: shorten it "
-                f"or give a larger --ctx-size (this model's limit: "
+                f"the prompt has {len(ids)} tokens and the context {self.plan.ctx_size}: shorten "
+                "it or give a larger --ctx-size (this model's limit: "
                 f"{self.config.max_position_embeddings})"
             )
         self._busy = True

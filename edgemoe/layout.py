@@ -1,4 +1,4 @@
-"""Sizes and offsets of nested records: pure arithmetic, shared by packer, store, loader and kernels.
+"""Sizes and offsets of nested records: arithmetic shared by packer, store, loader and kernels.
 
 A record is one or more matrices ([gate, up, down] for an expert, one matrix for a dense linear)
 stored as one segment a level. Segment i holds, in this order, for every matrix m:
@@ -64,7 +64,7 @@ class MatrixLayout:
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """Segments of one record: offsets of every part inside its segment and of segments in the record."""
+    """Segments of one record: where each lies in it, and every part inside its segment."""
 
     matrices: tuple[MatrixLayout, ...]
     quant: QuantSpec

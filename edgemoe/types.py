@@ -94,7 +94,7 @@ class PlaneRef:
 
 @dataclass(frozen=True)
 class Demands:
-    """What one layer's batch wants: job j is one expert at one level, serving some (token, slot) pairs.
+    """What one layer's batch wants: job j is one expert at one level, for some (token, slot) pairs.
 
     expert, level_index: int32 [jobs]. first_pair: int32 [jobs + 1]; job j serves
     pair[first_pair[j] : first_pair[j + 1]], int32 flat indices token * num_experts_per_tok + slot,

@@ -375,7 +375,7 @@ def test_ctrl_c_ends_the_text_and_gives_the_figures(plain: Path) -> None:
 def test_ctrl_c_with_json(plain: Path) -> None:
     with start("run", plain, "hello", "-n", "30000", "--json") as process:
         wait_for(process.stderr, b"\n")
-        time.sleep(1)
+        time.sleep(2)
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 0

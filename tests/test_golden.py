@@ -60,7 +60,8 @@ def test_generate_walks_the_same_path() -> None:
         text = model.generate(PROMPTS[0], max_tokens=TOKENS, sampling=GREEDY)
         want = golden["tokens"][0]
         assert text.token_ids == want[: len(text.token_ids)]
-        assert len(text.token_ids) == TOKENS or want[len(text.token_ids)] in model.config.eos_token_ids
+        if len(text.token_ids) < TOKENS:
+            assert want[len(text.token_ids)] in model.config.eos_token_ids
         assert text == model.tokenizer.decode(text.token_ids)
 
 

@@ -1,4 +1,4 @@
-"""The memory ceiling: sizes as written, refusals that name a figure, and a peak that stays below."""
+"""The memory ceiling: sizes as written, refusals that name a figure, a peak that stays below."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_parse_size(text: str, size: int | None) -> None:
     assert budget.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1G", "8X", "G", "8 G B", "1e9", "nan", "9999999T", "8G8"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "-1G", "8X", "G", "8 G B", "1e9", "nan", "9999999T", "8G8"]
+)
 def test_parse_size_refuses(text: str) -> None:
     with pytest.raises(UsageError):
         budget.parse_size(text)

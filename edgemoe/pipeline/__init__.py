@@ -1,1 +1,1 @@
-"""The queues of compute and load. At this stage everything is resident and the serial loop is all."""
+"""The queues of compute and load: with everything resident, the serial loop is all."""
