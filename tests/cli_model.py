@@ -26,6 +26,12 @@ CONFIG: dict[str, Any] = QWEN3 | {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+FIGURES = re.compile(
+    r"edgemoe: \d+ prompt tokens at [\d.]+/s, \d+ generated at [\d.]+/s, first after [\d.]+ s, "
+    r"peak [\d.]+ MiB of [\d.]+ [MG]iB, mean bits [\d.]+, ended by [^,]+(, seed \d+)?"
+)
+"""The line of figures that ends a run."""
+
 COMMAND = [sys.executable, "-W", "error", "-m", "edgemoe.cli"]
 
 

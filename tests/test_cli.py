@@ -1,44 +1,34 @@
-"""The command line at work: arguments, streams, figures, chat, signals, convert and inspect."""
+"""`edgemoe run` and the command line around it: arguments, help, streams, figures."""
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import click
 import numpy as np
 import pytest
-from cli_model import CHATML, CONFIG, make_checkpoint, make_store, run, start
+from cli_model import (
+    FIGURES,
+    make_checkpoint,
+    make_store,
+    run,
+    start,
+)
 
 import edgemoe
 from edgemoe import cli, kernels
-from edgemoe.chat import ChatTemplate
 from edgemoe.errors import UsageError
-from edgemoe.store import Store
-from edgemoe.terminal import convert as converting
-from edgemoe.terminal.interactive import fit
 from edgemoe.terminal.model_path import sort_arguments
 from edgemoe.terminal.run import RunOptions
-from edgemoe.tokenizer import Tokenizer
 from edgemoe.types import LEVELS
-
-FIGURES = re.compile(
-    r"edgemoe: \d+ prompt tokens at [\d.]+/s, \d+ generated at [\d.]+/s, first after [\d.]+ s, "
-    r"peak [\d.]+ MiB of [\d.]+ [MG]iB, mean bits [\d.]+, ended by [^,]+(, seed \d+)?"
-)
 
 
 @pytest.fixture(scope="module")
@@ -347,356 +337,6 @@ def test_stop_strings_end_the_text(answer: Any) -> None:
     middle = whole[20:24]
     cut = answer("hi", "-n", 60, "--temp", 0, "--stop", "no such text", "--stop", middle)
     assert cut["text"] == whole[: whole.index(middle)] and cut["stop_reason"] == "stop"
-
-
-# Signals and broken pipes.
-
-
-def wait_for(stream: Any, text: bytes) -> bytes:
-    seen = b""
-    while text not in seen:
-        byte = os.read(stream.fileno(), 1)
-        assert byte, seen
-        seen += byte
-    return seen
-
-
-def test_ctrl_c_ends_the_text_and_gives_the_figures(plain: Path) -> None:
-    with start("run", plain, "hello", "-n", "30000") as process:
-        assert process.stdout is not None and process.stdout.read(20)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert out.endswith(b"\n") and b"Traceback" not in err
-    last = err.decode().splitlines()[-1]
-    assert FIGURES.fullmatch(last) and "ended by Ctrl-C" in last
-
-
-def test_ctrl_c_with_json(plain: Path) -> None:
-    with start("run", plain, "hello", "-n", "30000", "--json") as process:
-        wait_for(process.stderr, b"\n")
-        time.sleep(2)
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    result = json.loads(out)
-    assert result["stop_reason"] == "closed" and result["generated_tokens"] > 0
-
-
-def test_ctrl_c_before_the_first_token(plain: Path) -> None:
-    with start("run", plain, "--raw", "-n", "9", stdin=subprocess.PIPE) as process:
-        assert process.stdin is not None
-        process.stdin.write(b"x" * 32_000)
-        process.stdin.close()
-        process.stdin = None
-        wait_for(process.stderr, b"\n")
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert out == b"" and err.decode().splitlines()[-1] == "edgemoe: interrupted"
-    assert b"Traceback" not in err
-
-
-def test_a_reader_that_goes_away_is_no_error(plain: Path) -> None:
-    with start("run", plain, "hello", "-n", "30000") as process:
-        assert process.stdout is not None and process.stdout.read(10)
-        process.stdout.close()
-        process.stdout = None
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGPIPE
-    assert b"Traceback" not in err and b"rror" not in err
-
-
-# The interactive prompt.
-
-
-class Terminal:
-    """A command line on a terminal of its own."""
-
-    running: ClassVar[list[Terminal]] = []
-
-    def __init__(self, *args: object, **env: str) -> None:
-        self.master, slave = pty.openpty()
-        settings = {"TERM": "dumb", **env}
-        self.process = start(*args, stdin=slave, stdout=slave, stderr=slave, env=settings,
-                             start_new_session=True, preexec_fn=take_terminal)  # fmt: skip
-        os.close(slave)
-        self.seen = ""
-        self.running.append(self)
-
-    def expect(self, pattern: str, timeout: float = 60) -> re.Match[str]:
-        """Wait for a pattern; what came up to its end is forgotten."""
-        end = time.monotonic() + timeout
-        while (found := re.search(pattern, self.seen, re.S)) is None:
-            ready, _, _ = select.select([self.master], [], [], max(0, end - time.monotonic()))
-            assert ready, f"no {pattern!r} in {self.seen!r}"
-            try:
-                data = os.read(self.master, 4096)
-            except OSError as error:  # Linux: the other side is closed
-                assert error.errno == errno.EIO
-                data = b""
-            assert data, f"ended without {pattern!r}: {self.seen!r}"
-            self.seen += data.decode(errors="replace")
-        self.seen = self.seen[found.end() :]
-        return found
-
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def end(self) -> int:
-        """The exit code, once it has ended by itself."""
-        return self.process.wait(timeout=30)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self.master)
-
-
-@pytest.fixture
-def terminals() -> Iterator[type[Terminal]]:
-    """`Terminal`, none of which outlives the test."""
-    yield Terminal
-    while Terminal.running:
-        Terminal.running.pop().close()
-
-
-def take_terminal() -> None:
-    """In the child: make its stdin the controlling terminal, so that ^C becomes a signal."""
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
-def test_a_conversation(store: Path, tmp_path: Path, terminals: type[Terminal]) -> None:
-    home = {"XDG_STATE_HOME": str(tmp_path)}
-    terminal = terminals("run", store, "-n", "30", "--temp", "0", **home)
-    terminal.expect(r"context 4096.*a conversation; Ctrl-C ends an answer, Ctrl-D leaves\r\n")
-    prompts = []
-    for line in ("hello", "and you?"):
-        terminal.expect("> ")
-        terminal.type(line + "\n")
-        prompts.append(int(terminal.expect(r"edgemoe: (\d+) prompt tokens .*\r\n")[1]))
-    # The second prompt holds the first turn and its answer.
-    assert prompts[1] > prompts[0] + 30
-    terminal.expect("> ")
-    terminal.type("\x04")
-    assert terminal.end() == 0
-    history = tmp_path / "edgemoe" / "history"
-    assert history.read_text().splitlines() == ["hello", "and you?"]
-    assert history.stat().st_mode & 0o077 == 0
-    # The next session finds them.
-    terminal = terminals("run", store, "-n", "3", **home)
-    terminal.expect("> ")
-    terminal.type("\x1b[A\x1b[A\n")
-    terminal.expect(r"hello.*edgemoe: \d+ prompt tokens")
-    terminal.expect("> ")
-    terminal.type("\x04")
-    assert terminal.end() == 0
-
-
-def test_ctrl_c_in_a_conversation(plain: Path, tmp_path: Path, terminals: type[Terminal]) -> None:
-    terminal = terminals("run", plain, "-n", "4000", XDG_STATE_HOME=str(tmp_path))
-    terminal.expect("every line a prompt of its own")
-    terminal.expect("> ")
-    terminal.type("half a li\x03")  # clears the line
-    terminal.expect("> ")
-    terminal.type("go\n")
-    terminal.expect("go\r\n.{30}")
-    terminal.type("\x03")  # ends the answer
-    first = terminal.expect(r"edgemoe: 2 prompt tokens .* ended by Ctrl-C, seed (\d+)")[1]
-    terminal.expect("> ")
-    terminal.type("go\n")
-    terminal.expect("go\r\n.{30}")
-    terminal.type("\x03")
-    assert terminal.expect(r"edgemoe: 2 prompt tokens .*, seed (\d+)")[1] != first
-    terminal.expect("> ")
-    terminal.type("x" * 5000 + "\n")
-    terminal.expect(r"this turn has 5000 tokens and the context 4096: shorten it")
-    terminal.expect("> ")
-    terminal.type("\x04")
-    assert terminal.end() == 0
-
-
-def test_control_characters_do_not_reach_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from edgemoe.terminal.run import speak
-
-    class Fake:
-        token_ids = (1,)
-
-        def __enter__(self) -> Fake:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def __iter__(self) -> Iterator[str]:
-            return iter(["a\x1b[2J\x07é\n", "\tb\x9b"])
-
-    speak(Fake())  # type: ignore[arg-type]
-    assert capsys.readouterr().out == "a\x1b[2J\x07é\n\tb\x9b\n"
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    speak(Fake())  # type: ignore[arg-type]
-    assert capsys.readouterr().out == "a^1B[2J^07é\n\tb^9B\n"
-
-
-def opened(chat: bool = True) -> Any:
-    from cli_model import tokenizer_json
-
-    template = ChatTemplate(CHATML) if chat else None
-    tokenizer = Tokenizer(tokenizer_json().encode())
-    return SimpleNamespace(tokenizer=tokenizer, chat_template=template)
-
-
-def test_a_long_conversation_forgets_its_oldest_turns(capsys: pytest.CaptureFixture[str]) -> None:
-    talk = [{"role": ("user", "assistant")[i % 2], "content": "x" * 50} for i in range(9)]
-    options = RunOptions(max_tokens=100)
-    ids, kept = fit(opened(), talk, options, 4096)
-    assert kept == talk and capsys.readouterr().err == ""
-    ids, kept = fit(opened(), talk, options, 400)
-    assert kept == talk[-len(kept) :] and kept[0]["role"] == "user" and len(kept) == 3
-    assert len(ids) + 100 <= 400
-    assert "the oldest 3 turns were forgotten" in capsys.readouterr().err
-    with pytest.raises(UsageError, match=r"this turn has .* tokens and the context 40"):
-        fit(opened(), talk, options, 40)
-
-
-def test_json_needs_a_prompt(store: Path, terminals: type[Terminal]) -> None:
-    terminal = terminals("run", store, "--json")
-    terminal.expect(r"edgemoe: error: --json needs a prompt")
-    assert terminal.end() == 2
-
-
-def test_a_closed_stdin_is_no_prompt(store: Path) -> None:
-    code, _, err = run("run", store, stdin=None, preexec_fn=lambda: os.close(0))
-    assert code == 2 and err == "edgemoe: error: the prompt is empty: give some text\n"
-
-
-# convert
-
-
-def test_convert_and_run(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "src")
-    code, out, err = run("convert", "src", "out name.emoe", cwd=tmp_path)
-    assert code == 0
-    assert re.fullmatch(
-        r"out name\.emoe: [\d.]+ M weights in [\d.]+ KiB \([\d.]+ bits each, all levels together\),"
-        r" [\d.]+ s; try: edgemoe run 'out name\.emoe'\n",
-        out,
-    )
-    assert err == "out name.emoe: 100 %, 0:00 left (lm_head)\n"
-    assert sorted(os.listdir(tmp_path)) == ["out name.emoe", "src"]
-    assert run("run", "out name.emoe", "hi", "-n", "2", cwd=tmp_path)[0] == 0
-
-
-def test_progress_on_a_terminal(tmp_path: Path, terminals: type[Terminal]) -> None:
-    make_checkpoint(tmp_path / "src")
-    terminal = terminals("convert", tmp_path / "src", tmp_path / "x.emoe", TERM="xterm")
-    terminal.expect(r"x\.emoe.*100%")
-    terminal.expect(r"try: edgemoe run")
-    assert terminal.end() == 0
-
-
-def test_progress_in_lines(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = iter([0.0, 1.0, 6.0, 7.0, 5400.0])
-    monkeypatch.setattr("edgemoe.terminal.convert.time.monotonic", lambda: next(clock))
-    lines = converting._Lines("m.emoe")
-    for done in (1, 2, 3, 4):
-        lines(done, 1000, f"part {done}")
-    assert capsys.readouterr().err.splitlines() == [
-        "m.emoe: 0 %, 49:54 left (part 2)",
-        "m.emoe: 0 %, 373:30:00 left (part 4)",
-    ]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_conversion_that_is_ended_leaves_no_out(
-    number: signal.Signals, large: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "x.emoe"
-    with start("convert", large, out) as process:
-        end = time.monotonic() + 60
-        while not os.listdir(tmp_path):
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.002)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
-    assert not out.exists() and b"Traceback" not in err
-    if number != signal.SIGKILL:
-        assert os.listdir(tmp_path) == []
-    assert run("convert", large, out)[0] == 0
-    assert os.listdir(tmp_path) == ["x.emoe"]
-
-
-# inspect
-
-
-def test_inspect_json(store: Path) -> None:
-    code, out, err = run("inspect", store, "--json", "--verify")
-    assert code == 0 and err == "" and out.count("\n") == 1
-    facts = json.loads(out)
-    assert facts["damaged"] == []
-    assert facts["config"]["model_type"] == "qwen3_moe"
-    assert facts["config"]["num_experts"] == 4
-    sizes = facts["sizes"]
-    assert sizes["file_bytes"] == store.stat().st_size
-    parts = [sizes[k]["bytes"] for k in ("experts", "dense", "float32")]
-    total = sum(parts) + sum(sizes["sections"].values())
-    assert total + sizes["dead_bytes"] + sizes["overhead_bytes"] == sizes["file_bytes"]
-    with Store.open(store) as opened_store:
-        layout = opened_store.expert_layout
-        nested = [t.layout for t in opened_store.tensors.values() if t.layout is not None]
-        for i, level in enumerate(opened_store.quant.levels):
-            row = facts["levels"][str(level)]
-            expert = sum(layout.segment_sizes[: i + 1])
-            assert row["experts_bits_per_weight"] == 8 * expert / layout.weights()
-            dense = sum(sum(x.segment_sizes[: i + 1]) for x in nested)
-            assert row["dense_bytes"] == dense
-            assert row["model_bytes"] == 8 * expert + dense + sizes["float32"]["bytes"]
-            assert row["model_bits_per_weight"] == 8 * row["model_bytes"] / facts["weights"]
-            assert row["experts_bits_per_weight"] > level  # scales are counted
-
-
-def test_active_weights(tmp_path: Path) -> None:
-    """Counted by hand: two of four experts, and one row of the embedding unless it is the head."""
-    from tiny_checkpoints import make_tensors
-
-    from edgemoe.inspect_store import describe
-
-    for tied in (False, True):
-        where = tmp_path / str(tied)
-        where.mkdir()
-        with Store.open(make_store(where, tie_word_embeddings=tied)) as opened_store:
-            facts = describe(opened_store)
-        active = everything = 0
-        for name, array in make_tensors(CONFIG | {"tie_word_embeddings": tied}).items():
-            everything += array.size
-            if "embed" in name and not tied:
-                active += array.shape[1]
-            elif not re.search(r"experts\.[23]\.", name):
-                active += array.size
-        assert (facts["weights"], facts["active_weights"]) == (everything, active)
-
-
-def test_inspect_text(store: Path) -> None:
-    code, out, _ = run("inspect", store)
-    assert code == 0
-    for expected in (
-        r"qwen3_moe, 0\.02 M weights",
-        r"3 layers, 2 with 4 experts of which 2 work on a token; hidden size 16, expert size 12",
-        r"vocabulary 264, context 32768",
-        r"\nexperts +0\.00 M +[\d.]+ KiB +[\d.]+ %\n",
-        r"\n2 bits +[\d.]+ KiB +[\d.]+ ",
-        r"\n8 bits ",
-        r"checksums: CRC32C of \d+ segments and 3 sections, not compared \(--verify does\)\n$",
-    ):
-        assert re.search(expected, out), out
-    assert re.search(r"sections, all as written\n$", run("inspect", store, "--verify")[1])
 
 
 def test_the_command_is_installed() -> None:
