@@ -192,6 +192,14 @@ def silu_mul(gate: F32, up: F32) -> F32:
     return gate
 
 
+def gated_add(y: F32, gate: F32, x: F32) -> None:
+    """y += sigmoid(gate) * x in place; y, x float32 [n, d], gate float32 [n, 1]."""
+    _check("y", y, np.float32, None, None)
+    _check("x", x, np.float32, *y.shape)
+    _check("gate", gate, np.float32, y.shape[0], 1)
+    _native.gated_add(y, gate, x)
+
+
 def rope(pool: Pool, x: F32, cos: F32, sin: F32) -> None:
     """Rotate halves of every head in place; x [n, heads, d], cos and sin [n, d / 2]."""
     _check("x", x, np.float32, None, None, None)

@@ -14,6 +14,7 @@ import numpy as np
 
 from . import kernels
 from .cpu_attn.kv_cache import KVCache, rope_tables
+from .errors import KernelError
 from .types import F32, I32, I64, ModelConfig
 
 Linears = Callable[[F32], list[F32]]
@@ -30,8 +31,11 @@ class Experts(Protocol):
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer; vectors are float32. `router` [experts, hidden] is None in a dense layer,
-    which has gate_up and down instead."""
+    """One decoder layer; vectors are float32.
+
+    A dense layer has no `router` [experts, hidden]. `gate_up` and `down` are its MLP, or the
+    expert that all tokens share, whose sigmoid gate is `shared_router` [1, hidden].
+    """
 
     input_norm: F32
     post_norm: F32
@@ -41,6 +45,7 @@ class Layer:
     k_norm: F32 | None = None
     biases: dict[str, F32] = field(default_factory=dict)
     router: F32 | None = None
+    shared_router: F32 | None = None
     gate_up: Linears | None = None
     down: Linears | None = None
 
@@ -81,6 +86,7 @@ def forward(
     positions = np.concatenate([np.arange(s.cache.length, s.cache.length + s.count) for s in spans])
     cos, sin = rope_tables(cfg, positions)
     x = weights.embed(tokens)
+    x *= cfg.embedding_multiplier
     for i, layer in enumerate(weights.layers):
         h = kernels.rmsnorm(pool, x, layer.input_norm, cfg.rms_norm_eps)
         q, k, v = _qkv(cfg, pool, layer, h, cos, sin)
@@ -91,19 +97,38 @@ def forward(
             attended[part] = s.cache.attend(pool, i, q[part], k[part], v[part])
             row += s.count
         (y,) = layer.out(attended.reshape(n, -1))
-        x += _biased(layer, "o", y)
+        y = _biased(layer, "o", y)
+        y *= cfg.residual_multiplier
+        x += y
 
         h = kernels.rmsnorm(pool, x, layer.post_norm, cfg.rms_norm_eps)
-        if layer.router is not None:
-            logits = kernels.linear_f32(pool, h, layer.router)
-            x += experts(i, h, *kernels.route(logits, cfg.num_experts_per_tok, cfg.norm_topk_prob))
-        elif layer.gate_up is not None and layer.down is not None:
-            gate, up = layer.gate_up(h)
-            x += layer.down(kernels.silu_mul(gate, up))[0]
+        y = _feed_forward(cfg, pool, layer, i, h, experts)
+        y *= cfg.residual_multiplier
+        x += y
     for s in spans:
         s.cache.advance(s.count)
     (logits,) = weights.head(kernels.rmsnorm(pool, x[want], weights.norm, cfg.rms_norm_eps))
+    logits /= cfg.logits_scaling
     return logits
+
+
+def _feed_forward(
+    cfg: ModelConfig, pool: kernels.Pool, layer: Layer, index: int, h: F32, experts: Experts
+) -> F32:
+    """The mixture of experts, the plain MLP of a dense layer, or a mixture and a shared expert."""
+    mlp = None
+    if layer.gate_up is not None and layer.down is not None:
+        (mlp,) = layer.down(kernels.silu_mul(*layer.gate_up(h)))
+        if layer.router is None:
+            return mlp
+    if layer.router is None:
+        raise KernelError(f"layer {index} has neither a router nor an MLP")
+    logits = kernels.linear_f32(pool, h, layer.router)
+    ids, gates = kernels.route(logits, cfg.num_experts_per_tok, cfg.norm_topk_prob)
+    y = experts(index, h, ids, gates)
+    if mlp is not None and layer.shared_router is not None:
+        kernels.gated_add(y, kernels.linear_f32(pool, h, layer.shared_router), mlp)
+    return y
 
 
 def _qkv(

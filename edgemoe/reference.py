@@ -114,6 +114,11 @@ def silu_mul(gate: F32, up: F32) -> F64:
     return silu(gate.astype(np.float64)) * up
 
 
+def gated_add(y: F32, gate: F32, x: F32) -> F64:
+    """y + sigmoid(gate) * x: [n, d]."""
+    return np.asarray(y + x / (1.0 + np.exp(-gate.astype(np.float64))))
+
+
 def route(logits: F32, k: int, normalize: bool) -> tuple[I32, F64]:
     """(ids, weights) [n, k] of the k most likely experts in falling order, ties: lower index."""
     ids = np.argsort(-logits, axis=-1, kind="stable")[:, :k]

@@ -24,7 +24,11 @@ class ModelConfig:
     """Everything the forward pass needs to know of a model; names as in Hugging Face configs.
 
     `dense_layers` are the layers whose feed-forward part is one plain gated MLP of
-    `intermediate_size`; all others are mixtures of `num_experts` experts.
+    `intermediate_size`; all others are mixtures of `num_experts` experts, with, if
+    `shared_expert_intermediate_size` is not 0, one more that every token takes, scaled by the
+    sigmoid of its own gate. `full_attention_layers` see everything even where there is a
+    `sliding_window`. `attention_multiplier` scales attention scores, None: head_dim ** -0.5.
+    Biases: `attention_bias` on q, k, v and o, `qkv_bias` on q, k and v.
     """
 
     model_type: str
@@ -44,10 +48,17 @@ class ModelConfig:
     tie_word_embeddings: bool
     qk_norm: Literal["none", "head", "full"] = "none"
     attention_bias: bool = False
+    qkv_bias: bool = False
     clip_qkv: float | None = None
     sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
     intermediate_size: int = 0
     dense_layers: tuple[int, ...] = ()
+    shared_expert_intermediate_size: int = 0
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    logits_scaling: float = 1.0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -55,6 +66,13 @@ class ModelConfig:
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers that have experts, ascending."""
         return tuple(i for i in range(self.num_hidden_layers) if i not in self.dense_layers)
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """Which of the projections q, k, v, o have a bias."""
+        if self.attention_bias:
+            return ("q", "k", "v", "o")
+        return ("q", "k", "v") if self.qkv_bias else ()
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -19,8 +19,6 @@ from .reference import silu
 from .store import Store
 from .types import F32, I32, I64, ModelConfig
 
-_BIASES = ("q", "k", "v", "o")
-
 
 class NestedLinears:
     """Nested matrices that share their input, multiplied in one native call."""
@@ -117,6 +115,8 @@ def _layer(
     p = f"layers.{i}."
     qk = config.qk_norm != "none"
     dense = i in config.dense_layers
+    shared = not dense and config.shared_expert_intermediate_size > 0
+    mlp = p + "shared_" if shared else p
     return Layer(
         input_norm=floats(p + "input_norm"),
         post_norm=floats(p + "post_norm"),
@@ -124,8 +124,9 @@ def _layer(
         out=linears(p + "o"),
         q_norm=floats(p + "q_norm") if qk else None,
         k_norm=floats(p + "k_norm") if qk else None,
-        biases={b: floats(f"{p}{b}_bias") for b in _BIASES} if config.attention_bias else {},
+        biases={b: floats(f"{p}{b}_bias") for b in config.biases},
         router=None if dense else floats(p + "router"),
-        gate_up=linears(p + "gate", p + "up") if dense else None,
-        down=linears(p + "down") if dense else None,
+        shared_router=floats(p + "shared_router") if shared else None,
+        gate_up=linears(mlp + "gate", mlp + "up") if dense or shared else None,
+        down=linears(mlp + "down") if dense or shared else None,
     )

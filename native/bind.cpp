@@ -150,6 +150,14 @@ NB_MODULE(_native, m) {
         "gate"_a.noconvert(), "up"_a.noconvert());
 
     m.def(
+        "gated_add",
+        [](F32 y, ConstF32 gate, ConstF32 x) {
+            nb::gil_scoped_release nogil;
+            em_gated_add(y.data(), gate.data(), x.data(), dim(y, 0), dim(y, 1));
+        },
+        "y"_a.noconvert(), "gate"_a.noconvert(), "x"_a.noconvert());
+
+    m.def(
         "rope",
         [](Pool &pool, F32 x, ConstF32 cos, ConstF32 sin) {
             nb::gil_scoped_release nogil;

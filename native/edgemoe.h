@@ -116,6 +116,8 @@ int em_accumulate(em_pool *p, const float *x, int n, const em_matrix *w, int8_t 
 /* out [n, cols] = rows ids[i] of w, decoded. */
 void em_decode_rows(const em_matrix *w, const int64_t *ids, int n, float *out);
 void em_rmsnorm(em_pool *p, const float *x, const float *w, int n, int d, float eps, float *y);
+/* y [n, d] += sigmoid(gate [n]) * x [n, d]. */
+void em_gated_add(float *y, const float *gate, const float *x, int n, int d);
 /* In place on x [n, heads, d]; cos, sin [n, d / 2]; halves rotate against each other. */
 void em_rope(em_pool *p, float *x, int n, int heads, int d, const float *cos, const float *sin);
 /* Softmax over experts, the k largest (ties: lower index first), in falling order. */

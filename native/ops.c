@@ -191,6 +191,14 @@ void em_rmsnorm(em_pool *p, const float *x, const float *w, int n, int d, float 
     em_pool_unlock(p);
 }
 
+void em_gated_add(float *y, const float *gate, const float *x, int n, int d) {
+    for (int i = 0; i < n; i++) {
+        const float g = 1.0f / (1.0f + em_expf(-gate[i]));
+        const size_t row = (size_t)i * (size_t)d;
+        for (int c = 0; c < d; c++) y[row + (size_t)c] += g * x[row + (size_t)c];
+    }
+}
+
 typedef struct {
     float *x;
     const float *cos, *sin;

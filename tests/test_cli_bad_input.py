@@ -356,6 +356,12 @@ def test_prompt_longer_than_the_context(store: Path) -> None:
     fails("run", store, "--raw", says=says, code=2, text=b"x" * 32768)
 
 
+def test_a_prompt_without_end(store: Path) -> None:
+    says = "the prompt has 9000000 characters, far more than the 32768 tokens .*: shorten it"
+    fails("run", store, "--mem", "512M", says=says, code=2, text=b"x" * 9_000_000)
+    fails("run", store, says="longer than 16 MiB", code=2, text=b"x" * 17_000_000)
+
+
 def test_arguments_that_contradict(store: Path) -> None:
     says = "more than one model and one prompt were given: put the prompt in quotes"
     fails("run", store, "two", "-p", "three", says=says, code=2)

@@ -173,6 +173,15 @@ def test_silu_mul(isa: str, d: int) -> None:
     assert (np.abs(got - want) <= 1e-6 * np.abs(want) + 1e-35).all()
 
 
+def test_gated_add() -> None:
+    rng = np.random.default_rng(1)
+    y, x = rng.standard_normal((2, 30, 33)).astype(np.float32)
+    gate = (rng.standard_normal((30, 1)) * 30).astype(np.float32)
+    want = reference.gated_add(y, gate, x)
+    kernels.gated_add(y, gate, x)
+    close(y, want)
+
+
 @pytest.mark.parametrize("d", [2, 64, 128])
 @pytest.mark.parametrize("n", [1, 300])
 def test_rope(d: int, n: int, pool: kernels.Pool) -> None:

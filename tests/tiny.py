@@ -22,6 +22,45 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3_moe-sparse-step": ("Qwen3MoeConfig", {"decoder_sparse_step": 2}),
+    "qwen2_moe": ("Qwen2MoeConfig", {"shared_expert_intermediate_size": 72}),
+    "qwen2_moe-options": (
+        "Qwen2MoeConfig",
+        {
+            "shared_expert_intermediate_size": 40,
+            "mlp_only_layers": [0],
+            "norm_topk_prob": True,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "max_window_layers": 2,
+        },
+    ),
+    "qwen2_moe-unbiased": (
+        "Qwen2MoeConfig",
+        {
+            "shared_expert_intermediate_size": 33,
+            "qkv_bias": False,
+            "decoder_sparse_step": 2,
+        },
+    ),
+    "mixtral": ("MixtralConfig", {"eos_token_id": 3}),
+    "mixtral-options": (
+        "MixtralConfig",
+        {"sliding_window": 9, "tie_word_embeddings": True, "head_dim": 24},
+    ),
+    "granitemoe": ("GraniteMoeConfig", {"attention_multiplier": 0.25}),
+    "granitemoe-options": (
+        "GraniteMoeConfig",
+        {
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.015625,
+            "logits_scaling": 6.0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+        },
+    ),
     "olmoe": ("OlmoeConfig", {"eos_token_id": 3}),
     "olmoe-options": (
         "OlmoeConfig",
@@ -52,14 +91,18 @@ def make_tiny(directory: Path, name: str, dtype: str = "float32", seed: int = 0)
         "intermediate_size": 48,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2 if kind.startswith("Qwen") else 4,
+        "num_key_value_heads": 4 if kind.startswith("Olmoe") else 2,
         "num_experts": 8,
         "num_experts_per_tok": 3,
         "max_position_embeddings": 256,
         "pad_token_id": None,
     }
     if kind.startswith("Qwen"):
-        base |= {"head_dim": 24, "moe_intermediate_size": 40}
+        base |= {"moe_intermediate_size": 40}
+    if kind.startswith("Qwen3"):
+        base |= {"head_dim": 24}
+    if kind.startswith(("Mixtral", "Granite")):
+        base["num_local_experts"] = base.pop("num_experts")
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(
         getattr(transformers, kind)(**(base | extra)), attn_implementation="eager"

@@ -10,12 +10,15 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError, shown
-from . import olmoe, qwen3_moe
+from . import granitemoe, mixtral, olmoe, qwen2_moe, qwen3_moe
 from .common import ConfigReader, Family
 from .tensors import EXPERT_PARTS, ExpertPart, TensorNames, dense_shapes, is_nested
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {family.model_type: family for family in (olmoe.FAMILY, qwen3_moe.FAMILY)}
+    {
+        module.FAMILY.model_type: module.FAMILY
+        for module in (granitemoe, mixtral, olmoe, qwen2_moe, qwen3_moe)
+    }
 )
 """Supported `model_type` -> family."""
 

@@ -284,3 +284,25 @@ def sliding_window(keys: ConfigReader, layers: int) -> int | None:
     if keys.has("layer_types"):
         raise keys.unsupported("layer_types")
     return window
+
+
+def windows_by_layer(keys: ConfigReader, layers: int) -> tuple[int | None, tuple[int, ...]]:
+    """(attention window, layers that see everything in spite of it), by `layer_types`.
+
+    The window counts only with use_sliding_window. Without `layer_types` the versions of
+    transformers disagree on which layers slide, so that is refused.
+    """
+    used = keys.flag("use_sliding_window", default=False)
+    window = keys.optional_integer("sliding_window", most=MAX_CONTEXT)
+    keys.skip("max_window_layers")
+    if not used or not window:
+        keys.only("layer_types", None, ["full_attention"] * layers)
+        return None, ()
+    keys.skip("layer_types")
+    types = keys.raw.get("layer_types")
+    if types is None:
+        raise keys.unsupported("use_sliding_window")
+    kinds = ("sliding_attention", "full_attention")
+    if not isinstance(types, list) or len(types) != layers or any(t not in kinds for t in types):
+        raise keys.bad("layer_types", f"a list of {layers} of {' and '.join(kinds)}")
+    return window, tuple(i for i, t in enumerate(types) if t == "full_attention")

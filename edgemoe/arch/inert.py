@@ -63,6 +63,7 @@ ADVICE: Mapping[str, str] = MappingProxyType(
         "auto_map": "models with code of their own cannot be run",
         "rope_scaling": "only plain RoPE is; set it to null to use the model's native context",
         "rope_parameters": "only plain RoPE (rope_type default) is",
+        "use_sliding_window": "give layer_types, the kind of attention of every layer",
         "max_window_layers": "a sliding window must cover all layers (max_window_layers 0)",
     }
 )

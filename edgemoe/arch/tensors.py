@@ -34,6 +34,10 @@ LLAMA_ROLES: Mapping[str, str] = MappingProxyType(
         "gate": "mlp.gate_proj.weight",
         "up": "mlp.up_proj.weight",
         "down": "mlp.down_proj.weight",
+        "shared_router": "mlp.shared_expert_gate.weight",
+        "shared_gate": "mlp.shared_expert.gate_proj.weight",
+        "shared_up": "mlp.shared_expert.up_proj.weight",
+        "shared_down": "mlp.shared_expert.down_proj.weight",
     }
 )
 """Role in a layer -> name under the layer's prefix, as most families write it."""
@@ -98,9 +102,7 @@ def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             "v": (kv_rows, hidden),
             "o": (hidden, q_rows),
         }
-        if config.attention_bias:
-            layer |= {"q_bias": (q_rows,), "k_bias": (kv_rows,)}
-            layer |= {"v_bias": (kv_rows,), "o_bias": (hidden,)}
+        layer |= {f"{name}_bias": layer[name][:1] for name in config.biases}
         if config.qk_norm == "head":
             layer |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
         elif config.qk_norm == "full":
@@ -111,6 +113,10 @@ def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             layer |= {"gate": (inter, hidden), "up": (inter, hidden), "down": (hidden, inter)}
         else:
             layer["router"] = (config.num_experts, hidden)
+            shared = config.shared_expert_intermediate_size
+            if shared:
+                layer |= {"shared_router": (1, hidden), "shared_gate": (shared, hidden)}
+                layer |= {"shared_up": (shared, hidden), "shared_down": (hidden, shared)}
         shapes |= {f"layers.{i}.{role}": shape for role, shape in layer.items()}
     shapes["norm"] = (hidden,)
     if not config.tie_word_embeddings:
@@ -121,7 +127,7 @@ def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def is_nested(canonical: str) -> bool:
     """Whether a store keeps this tensor as nested segments; if not, it stays float32.
 
-    Norms, biases and the router are float32 (DESIGN, decision 6); every other matrix is nested.
+    Norms, biases and routers are float32 (DESIGN, decision 6); every other matrix is nested.
     """
     role = canonical.rsplit(".", 1)[-1]
-    return role != "router" and not role.endswith(("norm", "_bias"))
+    return not role.endswith(("norm", "_bias", "router"))

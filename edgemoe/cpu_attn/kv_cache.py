@@ -28,8 +28,12 @@ class KVCache:
             ),
             np.float32,
         )
-        self._scale = config.head_dim**-0.5
-        self._window = config.sliding_window
+        multiplier = config.attention_multiplier
+        self._scale = config.head_dim**-0.5 if multiplier is None else multiplier
+        self._windows = [
+            None if i in config.full_attention_layers else config.sliding_window
+            for i in range(config.num_hidden_layers)
+        ]
         self.capacity = capacity
         self.length = 0
 
@@ -43,7 +47,8 @@ class KVCache:
         stop = self.length + q.shape[0]
         keys[:, self.length : stop] = k.transpose(1, 0, 2)
         values[:, self.length : stop] = v.transpose(1, 0, 2)
-        return kernels.attention(pool, q, keys, values, self.length, self._scale, self._window)
+        window = self._windows[layer]
+        return kernels.attention(pool, q, keys, values, self.length, self._scale, window)
 
     def advance(self, n: int) -> None:
         """The n tokens just attended from are now part of the sequence."""

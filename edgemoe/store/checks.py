@@ -26,11 +26,22 @@ _INTS = {
     "intermediate_size": (0, 1 << 20),
     "max_position_embeddings": (1, 1 << 31),
     "sliding_window": (1, 1 << 31),
+    "shared_expert_intermediate_size": (0, 1 << 20),
     "bos_token_id": (0, 1 << 31),
 }
-FLOATS = {"rms_norm_eps": 1.0, "rope_theta": 1e15, "clip_qkv": 1e30}
-_BOOLS = ("norm_topk_prob", "tie_word_embeddings", "attention_bias")
-_OPTIONAL = ("clip_qkv", "sliding_window", "bos_token_id")
+FLOATS = {
+    "rms_norm_eps": 1.0,
+    "rope_theta": 1e15,
+    "clip_qkv": 1e30,
+    "embedding_multiplier": 1e6,
+    "residual_multiplier": 1e6,
+    "attention_multiplier": 1e6,
+    "logits_scaling": 1e6,
+}
+_BOOLS = ("norm_topk_prob", "tie_word_embeddings", "attention_bias", "qkv_bias")
+_OPTIONAL = ("clip_qkv", "sliding_window", "bos_token_id", "attention_multiplier")
+_LAYER_LISTS = ("dense_layers", "full_attention_layers")
+LISTS = (*_LAYER_LISTS, "eos_token_ids")
 MODEL_KEYS = tuple(f.name for f in dataclasses.fields(ModelConfig))
 
 
@@ -76,10 +87,13 @@ def check_config(config: ModelConfig) -> ModelConfig:
     if config.num_experts_per_tok > config.num_experts:
         raise bad("num_experts_per_tok", f"at most {config.num_experts}")
     layers = range(config.num_hidden_layers)
-    dense = config.dense_layers
-    if len(dense) > len(layers) or list(dense) != sorted({i for i in dense if i in layers}):
-        raise bad("dense_layers", f"ascending layer numbers below {config.num_hidden_layers}")
-    if dense and not config.intermediate_size:
+    for key in _LAYER_LISTS:
+        listed = values[key]
+        if len(listed) > len(layers) or list(listed) != sorted({i for i in listed if i in layers}):
+            raise bad(key, f"ascending layer numbers below {config.num_hidden_layers}")
+    if not config.logits_scaling:
+        raise bad("logits_scaling", "positive")
+    if config.dense_layers and not config.intermediate_size:
         raise bad("intermediate_size", "positive, because there are dense layers")
     if len(config.moe_layers) * config.num_experts > MAX_EXPERTS:
         raise bad("num_experts", f"such that a model has at most {MAX_EXPERTS}")

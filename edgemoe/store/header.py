@@ -21,6 +21,7 @@ from ..errors import ChecksumError, StoreError, shown
 from ..kernels import crc32c
 from ..layout import PART_ALIGN, RecordLayout, dense_layout, expert_layout
 from ..types import ModelConfig, QuantSpec
+from .checks import LISTS
 
 MAGIC = b"EDGEMOE\0"
 VERSION = 1
@@ -191,8 +192,8 @@ class Header:
     def to_json(self) -> dict[str, Any]:
         """The JSON object of this header."""
         model = dataclasses.asdict(self.config)
-        model["dense_layers"] = list(self.config.dense_layers)
-        model["eos_token_ids"] = list(self.config.eos_token_ids)
+        for key in LISTS:
+            model[key] = list(model[key])
         table = self.crc_table
         return {
             "format": "edgemoe-store",

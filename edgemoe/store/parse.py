@@ -19,6 +19,7 @@ from ..layout import PART_ALIGN, align_up
 from ..types import ModelConfig, QuantSpec
 from .checks import (
     FLOATS,
+    LISTS,
     MODEL_KEYS,
     check_complete,
     check_config,
@@ -219,7 +220,7 @@ def _extent(obj: Any, where: str, name: str) -> SectionEntry:
 def _parse_model(raw: Any) -> ModelConfig:
     _check_keys(raw, MODEL_KEYS, "model")
     values = dict(raw)
-    for key in ("dense_layers", "eos_token_ids"):
+    for key in LISTS:
         items = _list(raw, key, "model")
         if any(type(v) is not int for v in items):
             raise StoreError(f"model.{key} must be a list of integers")

@@ -23,8 +23,11 @@ from ..sampling import SamplingParams
 from ..types import Stats
 
 CTX_STEP = 256
+LONG_TOKEN = 8
+"""Characters a token; text of real languages stays well below on average."""
+
 INTERACTIVE_CTX = 4096
-MAX_PIPED = 64 << 20
+MAX_PIPED = 16 << 20
 """Bytes of a prompt from a pipe; no model's context holds as much."""
 
 
@@ -99,6 +102,20 @@ def prompt_ids(opened: OpenedModel, messages: Sequence[dict[str, str]], *, raw: 
     return opened.tokenizer.encode(text, add_special=False)
 
 
+def refuse_endless(opened: OpenedModel, prompt: str) -> None:
+    """Raise UsageError where the beginning of a prompt alone overflows the model.
+
+    Encoding takes over 100 bytes a character, so a book that cannot fit is not encoded whole.
+    """
+    longest = opened.config.max_position_embeddings
+    head = LONG_TOKEN * longest
+    if len(prompt) > head and len(opened.tokenizer.encode(prompt[:head])) > longest:
+        raise UsageError(
+            f"the prompt has {len(prompt)} characters, far more than the {longest} tokens that "
+            "this model takes: shorten it"
+        )
+
+
 def choose_sampling(opened: OpenedModel, options: RunOptions) -> SamplingParams:
     """The model's own settings with those asked for; a seed is drawn where one is needed.
 
@@ -151,6 +168,7 @@ def load_model(opened: OpenedModel, options: RunOptions, ctx_size: int) -> Model
 
 
 def _answer_once(opened: OpenedModel, options: RunOptions, prompt: str) -> int:
+    refuse_endless(opened, prompt)
     ids = prompt_ids(opened, [{"role": "user", "content": prompt}], raw=options.raw)
     longest = opened.config.max_position_embeddings
     ctx = options.ctx_size

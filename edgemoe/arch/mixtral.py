@@ -1,0 +1,50 @@
+"""Mixtral (Mixtral-8x7B and kin): no QK-norm, weights of the chosen experts renormalised.
+
+Source: transformers, models/mixtral.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from ..types import ModelConfig
+from .common import MAX_CONTEXT, ConfigReader, Family, base_config
+from .tensors import LLAMA_ROLES, TensorNames
+
+
+def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """ModelConfig of a parsed mixtral config.json; errors as `ConfigReader`'s."""
+    keys = ConfigReader(raw, where)
+    base = base_config(
+        keys,
+        model_type="mixtral",
+        expert_size_key="intermediate_size",
+        rms_norm_eps=1e-5,
+        max_position_embeddings=131072,
+        rope_theta=1e6,
+    )
+    keys.only("norm_topk_prob", None, True)
+    config = replace(
+        base,
+        norm_topk_prob=True,
+        sliding_window=keys.optional_integer("sliding_window", least=1, most=MAX_CONTEXT),
+    )
+    keys.finish()
+    return config
+
+
+FAMILY = Family(
+    "mixtral",
+    parse_config,
+    TensorNames(
+        roles=MappingProxyType({**LLAMA_ROLES, "router": "block_sparse_moe.gate.weight"}),
+        expert={
+            "gate": "block_sparse_moe.experts.{expert}.w1.weight",
+            "up": "block_sparse_moe.experts.{expert}.w3.weight",
+            "down": "block_sparse_moe.experts.{expert}.w2.weight",
+        },
+    ),
+)
