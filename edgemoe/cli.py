@@ -269,9 +269,9 @@ def inspect(store: str, as_json: bool, verify: bool) -> int:
 
     Bits per weight are those of the file: scales, offsets and padding are counted.
     """
-    from . import inspect_store
+    from .terminal import inspect
 
-    return inspect_store.run(store, as_json=as_json, verify=verify)
+    return inspect.run(store, as_json=as_json, verify=verify)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ import edgemoe
 from edgemoe import cli, kernels
 from edgemoe.errors import UsageError
 from edgemoe.terminal.model_path import sort_arguments
-from edgemoe.terminal.run import RunOptions
+from edgemoe.terminal.session import RunOptions
 from edgemoe.types import LEVELS
 
 
@@ -351,7 +351,7 @@ def test_internal_errors_are_one_line(
     def broken(*_: object) -> int:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("edgemoe.inspect_store.describe", broken)
+    monkeypatch.setattr("edgemoe.terminal.inspect.describe", broken)
     assert cli.main(["inspect", str(store)]) == 1
     err = capsys.readouterr().err
     assert err.startswith("edgemoe: error: internal error, please report it: RuntimeError: two li")
@@ -367,7 +367,7 @@ def test_memory_errors_are_one_line(
     def greedy(*_: object) -> int:
         return int(np.empty(1 << 60, np.uint8)[0])
 
-    monkeypatch.setattr("edgemoe.inspect_store.describe", greedy)
+    monkeypatch.setattr("edgemoe.terminal.inspect.describe", greedy)
     assert cli.main(["inspect", str(store)]) == 1
     assert capsys.readouterr().err.startswith("edgemoe: error: out of memory: give a lower --mem")
 

@@ -119,7 +119,7 @@ def test_active_weights(tmp_path: Path) -> None:
     """Counted by hand: two of four experts, and one row of the embedding unless it is the head."""
     from tiny_checkpoints import make_tensors
 
-    from edgemoe.inspect_store import describe
+    from edgemoe.terminal.inspect import describe
 
     for tied in (False, True):
         where = tmp_path / str(tied)

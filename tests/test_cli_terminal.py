@@ -28,7 +28,7 @@ from cli_terminal import Terminal
 from edgemoe.chat import ChatTemplate
 from edgemoe.errors import UsageError
 from edgemoe.terminal.interactive import fit
-from edgemoe.terminal.run import RunOptions
+from edgemoe.terminal.session import RunOptions
 from edgemoe.tokenizer import Tokenizer
 
 
@@ -169,7 +169,7 @@ def test_ctrl_c_in_a_conversation(plain: Path, tmp_path: Path, terminals: type[T
 def test_control_characters_do_not_reach_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from edgemoe.terminal.run import speak
+    from edgemoe.terminal.session import speak
 
     class Fake:
         token_ids = (1,)

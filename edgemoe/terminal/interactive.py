@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..engine import Model, OpenedModel
 from ..errors import UsageError
-from .run import (
+from .session import (
     INTERACTIVE_CTX,
     RunOptions,
     choose_sampling,

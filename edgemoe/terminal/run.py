@@ -4,50 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from types import FrameType
+from dataclasses import asdict
 from typing import Any
 
-from ..engine import Model, OpenedModel, load, open_model
+from ..engine import Model, OpenedModel, open_model
 from ..errors import UsageError
 from ..generation import Generation
-from ..loader.budget import format_size
 from ..sampling import SamplingParams
 from ..types import Stats
+from .interactive import converse
+from .session import (
+    RunOptions,
+    choose_sampling,
+    load_model,
+    note_idle_settings,
+    prompt_ids,
+    report,
+    speak,
+)
 
 CTX_STEP = 256
+
 LONG_TOKEN = 8
 """Characters a token; text of real languages stays well below on average."""
 
-INTERACTIVE_CTX = 4096
 MAX_PIPED = 16 << 20
 """Bytes of a prompt from a pipe; no model's context holds as much."""
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What `edgemoe run` was asked for; None leaves a choice to the model or the machine."""
-
-    model: str | None = None
-    prompt: str | None = None
-    raw: bool = False
-    mem: str = "auto"
-    bits: int | None = None
-    dense_bits: int | None = None
-    max_tokens: int = 256
-    ctx_size: int | None = None
-    threads: int | None = None
-    sampling: dict[str, Any] | None = None
-    stop: Sequence[str] = ()
-    as_json: bool = False
-    logits_hash: bool = False
 
 
 def run(options: RunOptions) -> int:
@@ -68,8 +51,6 @@ def run(options: RunOptions) -> int:
     opened = open_model(options.model)
     try:
         if prompt is None:
-            from .interactive import converse
-
             return converse(opened, options)
         return _answer_once(opened, options, prompt)
     finally:
@@ -94,14 +75,6 @@ def read_pipe() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def prompt_ids(opened: OpenedModel, messages: Sequence[dict[str, str]], *, raw: bool) -> list[int]:
-    """Token ids of a conversation; of its last message alone where there is no chat template."""
-    if raw or opened.chat_template is None:
-        return opened.tokenizer.encode(messages[-1]["content"])
-    text = opened.chat_template.render(messages)
-    return opened.tokenizer.encode(text, add_special=False)
-
-
 def refuse_endless(opened: OpenedModel, prompt: str) -> None:
     """Raise UsageError where the beginning of a prompt alone overflows the model.
 
@@ -114,57 +87,6 @@ def refuse_endless(opened: OpenedModel, prompt: str) -> None:
             f"the prompt has {len(prompt)} characters, far more than the {longest} tokens that "
             "this model takes: shorten it"
         )
-
-
-def choose_sampling(opened: OpenedModel, options: RunOptions) -> SamplingParams:
-    """The model's own settings with those asked for; a seed is drawn where one is needed.
-
-    Drawing it here lets the figures name it, so that any run can be repeated.
-    """
-    params = replace(opened.generation_defaults, **(options.sampling or {}))
-    if params.temperature > 0 and params.seed is None:
-        params = replace(params, seed=secrets.randbits(32))
-    return params
-
-
-def note_idle_settings(options: RunOptions, params: SamplingParams) -> None:
-    """Say which of the settings asked for cannot matter."""
-    idle = [name for name in ("top_k", "top_p", "min_p") if name in (options.sampling or {})]
-    if params.temperature == 0 and idle:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        note(f"{names} without effect: the likeliest token is taken (--temp 0)")
-
-
-def load_model(opened: OpenedModel, options: RunOptions, ctx_size: int) -> Model:
-    """Load with progress on a terminal, then say with what settings it runs."""
-    shows = sys.stderr.isatty()
-
-    def progress(done: int, total: int) -> None:
-        sys.stderr.write(f"\rloading {100 * done // max(total, 1)} %")
-        sys.stderr.flush()
-
-    try:
-        model = load(
-            opened,
-            mem=options.mem,
-            bits=options.bits,
-            dense_bits=options.dense_bits,
-            ctx_size=ctx_size,
-            threads=options.threads,
-            progress=progress if shows else None,
-        )
-    finally:
-        if shows:
-            sys.stderr.write("\r\033[K")
-    plan = model.plan
-    why = "" if options.bits else " (the most that fit)"
-    name = os.path.basename(model.store_path)
-    note(
-        f"{name}: {plan.bits}-bit experts{why}, {plan.dense_bits}-bit "
-        f"dense weights, context {plan.ctx_size}, {plan.threads} threads, ceiling "
-        f"{format_size(plan.budget.ceiling)}"
-    )
-    return model
 
 
 def _answer_once(opened: OpenedModel, options: RunOptions, prompt: str) -> int:
@@ -197,93 +119,6 @@ def _answer_once(opened: OpenedModel, options: RunOptions, prompt: str) -> int:
     return 0
 
 
-def speak(generation: Generation, *, silent: bool = False) -> None:
-    """Write the text piece by piece as it comes, until it ends or Ctrl-C ends it.
-
-    Raises:
-        KeyboardInterrupt: before the first token; there is no text to end then.
-    """
-    out, ends_line = sys.stdout, True
-    with generation, soft_interrupt() as interrupt:
-        try:
-            for piece in generation:
-                interrupt.soft = True
-                if not silent:
-                    out.write(_harmless(piece) if out.isatty() else piece)
-                    out.flush()
-                    ends_line = piece.endswith("\n")
-                if interrupt.seen:
-                    break
-        except KeyboardInterrupt:
-            if not generation.token_ids:
-                raise
-        # From here on only the end of the line and the figures are left.
-        interrupt.soft = True
-    if not silent and not ends_line:
-        out.write("\n")
-        out.flush()
-
-
-def _harmless(piece: str) -> str:
-    """A piece for a terminal: control characters other than newline and tab made visible."""
-    return piece.translate(_VISIBLE)
-
-
-_VISIBLE = {c: f"^{c:02X}" for c in (*range(0x20), *range(0x7F, 0xA0)) if c not in (9, 10)}
-
-
-class Interrupt:
-    """State of Ctrl-C: while `soft`, the first one only sets `seen`."""
-
-    def __init__(self) -> None:
-        self.soft = self.seen = False
-
-
-@contextmanager
-def soft_interrupt() -> Iterator[Interrupt]:
-    """Between pieces Ctrl-C is looked at when the next one comes, so no step is cut in half."""
-    state = Interrupt()
-
-    def on_signal(signum: int, frame: FrameType | None) -> None:
-        if state.soft and not state.seen:
-            state.seen = True
-        else:
-            raise KeyboardInterrupt
-
-    handles = threading.current_thread() is threading.main_thread() and (
-        signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    )
-    before = signal.signal(signal.SIGINT, on_signal) if handles else None
-    try:
-        yield state
-    finally:
-        if handles:
-            signal.signal(signal.SIGINT, before)
-
-
-def report(generation: Generation, sampling: SamplingParams, *, logits_hash: bool) -> None:
-    """The figures of a generation on stderr: one line, after the hash where it was asked for."""
-    if logits_hash:
-        note(f"logits hash {generation.logits_hash}")
-    s = generation.stats
-    seed = f", seed {sampling.seed}" if sampling.temperature > 0 else ""
-    note(
-        f"{s.prompt_tokens} prompt tokens at {s.prefill_tok_s:.1f}/s, {s.generated_tokens} "
-        f"generated at {s.decode_tok_s:.1f}/s, first after {s.ttft_s:.2f} s, peak "
-        f"{format_size(s.peak_rss_bytes)} of {format_size(s.mem_budget_bytes)}, mean bits "
-        f"{s.mean_bits:.2f}, ended by {_ENDINGS.get(s.stop_reason, s.stop_reason)}{seed}"
-    )
-
-
-_ENDINGS = {
-    "eos": "the model",
-    "stop": "--stop",
-    "length": "--max-tokens",
-    "context": "--ctx-size",
-    "closed": "Ctrl-C",
-}
-
-
 def as_json(
     generation: Generation, model: Model, sampling: SamplingParams, *, logits_hash: bool
 ) -> str:
@@ -301,8 +136,3 @@ def as_json(
             out[name] = None
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     return json.dumps(out, ensure_ascii=not utf8, allow_nan=False)
-
-
-def note(message: str) -> None:
-    """One line on stderr that is not an error."""
-    print(f"edgemoe: {message}", file=sys.stderr, flush=True)

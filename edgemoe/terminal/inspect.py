@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .errors import shown
-from .loader.budget import format_size
-from .store import Store
-from .terminal.model_path import require_store
+from ..errors import shown
+from ..loader.budget import format_size
+from ..store import Store
+from .model_path import require_store
 
 
 def run(path: str, *, as_json: bool = False, verify: bool = False) -> int:
