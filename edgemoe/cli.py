@@ -219,13 +219,14 @@ def run(
     if which is not None:
         require_store(which)
     from .terminal import run as running
+    from .terminal.session import RunOptions
 
     sampling = {
         name: settings.pop(name)
         for name in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
     }
     given = {name: value for name, value in sampling.items() if value is not None}
-    options = running.RunOptions(model=which, prompt=text, sampling=given, **settings)
+    options = RunOptions(model=which, prompt=text, sampling=given, **settings)
     return running.run(options)
 
 

@@ -1,0 +1,171 @@
+/* Replays a recorded decoder layer (tests/record_layer.py) on every instruction set and compares
+ * every stage bit for bit. usage: test_layer RECORDING */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "edgemoe.h"
+
+static uint8_t *file;
+static size_t file_size;
+static int failures;
+
+/* The bytes of a named blob, copied so that they are aligned. */
+static void *blob(const char *name, size_t *size) {
+    for (size_t at = 0; at + 4 <= file_size;) {
+        uint32_t length;
+        uint64_t bytes;
+        memcpy(&length, file + at, 4);
+        const char *found = (const char *)file + at + 4;
+        memcpy(&bytes, file + at + 4 + length, 8);
+        const uint8_t *data = file + at + 12 + length;
+        if (length == strlen(name) && !memcmp(found, name, length)) {
+            void *copy = aligned_alloc(64, (bytes + 63) / 64 * 64 + 64);
+            if (!copy) exit(2);
+            memcpy(copy, data, bytes);
+            if (size) *size = bytes;
+            return copy;
+        }
+        at += 12 + length + bytes;
+    }
+    fprintf(stderr, "the recording has no %s\n", name);
+    exit(2);
+}
+
+static void compare(const char *name, const void *got) {
+    size_t size;
+    void *want = blob(name, &size);
+    if (memcmp(got, want, size)) {
+        failures++;
+        printf("%s: differs on %s\n", name, em_isa_current()->name);
+    }
+    free(want);
+}
+
+static em_matrix matrix(const char *record, const int64_t *offsets, int matrices, int index, int level,
+                        int rows, int cols) {
+    em_matrix w = {.level = level, .rows = rows, .cols = cols, .group_units = 2};
+    w.units = (cols + EM_UNIT - 1) / EM_UNIT;
+    w.groups = (w.units + 1) / 2;
+    for (int s = 0; s <= level; s++) {
+        char name[32];
+        snprintf(name, sizeof name, "%s.%d", record, s);
+        const uint8_t *segment = blob(name, NULL);
+        const int64_t *part = offsets + (s * matrices + index) * 2;
+        w.plane[s] = segment + part[1];
+        if (s == level) w.scale = segment + part[0];
+    }
+    return w;
+}
+
+static em_matrix dense(const char *name, int level, int rows, int cols) {
+    char offsets[32];
+    snprintf(offsets, sizeof offsets, "%s.offsets", name);
+    return matrix(name, blob(offsets, NULL), 1, 0, level, rows, cols);
+}
+
+static float *floats(size_t n) {
+    float *p = calloc(n, sizeof *p);
+    if (!p) exit(2);
+    return p;
+}
+
+static void replay(int threads) {
+    const int32_t *dims = blob("dims", NULL);
+    const int n = dims[0], h = dims[1], heads = dims[2], kv = dims[3], d = dims[4], experts = dims[5],
+              k = dims[6], inter = dims[7], level = dims[9];
+    const size_t rows = (size_t)n;
+    em_pool *pool = em_pool_new(threads);
+    if (!pool) exit(2);
+    float *x = blob("x", NULL), *norm = blob("norm", NULL);
+    float *normed = floats(rows * (size_t)h), *y = floats(rows * (size_t)h);
+    float *q = floats(rows * (size_t)(heads * d)), *attended = floats(rows * (size_t)(heads * d));
+    float *keys = floats(rows * (size_t)(kv * d)), *values = floats(rows * (size_t)(kv * d));
+    const em_matrix wq = dense("q", level, heads * d, h), wk = dense("k", level, kv * d, h),
+                    wv = dense("v", level, kv * d, h), wo = dense("o", level, h, heads * d);
+    const float *cos = blob("cos", NULL), *sin = blob("sin", NULL);
+
+    em_rmsnorm(pool, x, norm, n, h, 1e-6f, normed);
+    const em_matrix *qkv[3] = {&wq, &wk, &wv};
+    float *const to[3] = {q, keys, values};
+    em_linear(pool, normed, n, qkv, to, 3);
+    em_rope(pool, q, n, heads, d, cos, sin);
+    em_rope(pool, keys, n, kv, d, cos, sin);
+    compare("out.q", q);
+    float *kc = floats(rows * (size_t)(kv * d)), *vc = floats(rows * (size_t)(kv * d));
+    for (int i = 0; i < n; i++) /* [n, kv, d] -> [kv, n, d] */
+        for (int g = 0; g < kv; g++) {
+            memcpy(kc + (g * n + i) * d, keys + (i * kv + g) * d, (size_t)d * sizeof(float));
+            memcpy(vc + (g * n + i) * d, values + (i * kv + g) * d, (size_t)d * sizeof(float));
+        }
+    const float scale = 0.22360679774997896f; /* 20 ** -0.5 */
+    em_attention(pool, q, kc, vc, n, heads, kv, d, n, 0, 0, scale, attended);
+    compare("out.attended", attended);
+    const em_matrix *out[1] = {&wo};
+    float *const to_y[1] = {y};
+    em_linear(pool, attended, n, out, to_y, 1);
+    for (int i = 0; i < n * h; i++) x[i] += y[i];
+    compare("out.middle", x);
+
+    em_rmsnorm(pool, x, norm, n, h, 1e-6f, normed);
+    float *logits = floats(rows * (size_t)experts), *weights = floats(rows * (size_t)k);
+    int32_t *ids = calloc(rows * (size_t)k, 4), *position = calloc(rows * (size_t)k, 4),
+            *token = calloc(rows * (size_t)k, 4);
+    if (!ids || !position || !token) exit(2);
+    em_linear_f32(pool, normed, n, blob("router", NULL), experts, h, logits);
+    em_route(logits, n, experts, k, 1, ids, weights);
+    compare("out.ids", ids);
+    compare("out.weights", weights);
+
+    em_job jobs[16] = {0};
+    int job_count = 0, pairs = 0;
+    const int32_t *levels = blob("expert_levels", NULL);
+    const int64_t *offsets = blob("expert.offsets", NULL);
+    for (int e = 0; e < experts; e++) {
+        em_job job = {.first = pairs};
+        for (int p = 0; p < n * k; p++)
+            if (ids[p] == e) {
+                token[pairs] = p / k;
+                position[p] = pairs++;
+            }
+        job.count = pairs - job.first;
+        if (!job.count) continue;
+        char name[32];
+        snprintf(name, sizeof name, "expert%d", e);
+        job.gate = matrix(name, offsets, 3, 0, levels[e], inter, h);
+        job.up = matrix(name, offsets, 3, 1, levels[e], inter, h);
+        job.down = matrix(name, offsets, 3, 2, levels[e], h, inter);
+        jobs[job_count++] = job;
+    }
+    float *pair_out = floats((size_t)pairs * (size_t)h);
+    em_experts(pool, normed, n, jobs, job_count, token, pairs, pair_out);
+    compare("out.pairs", pair_out);
+    em_combine(pool, pair_out, position, weights, n, k, h, y);
+    for (int i = 0; i < n * h; i++) x[i] += y[i];
+    compare("out.x", x);
+    em_pool_free(pool);
+}
+
+int main(int argc, char **argv) {
+    FILE *f = argc == 2 ? fopen(argv[1], "rb") : NULL;
+    if (!f) {
+        fprintf(stderr, "usage: test_layer RECORDING\n");
+        return 2;
+    }
+    file = malloc(1 << 24);
+    if (!file) return 2;
+    file_size = fread(file, 1, 1 << 24, f);
+    fclose(f);
+    for (int i = 0; i < em_isa_count(); i++) {
+        const em_isa *isa = em_isa_at(i);
+        if (!isa->supported()) {
+            printf("skipped: %s (this machine lacks it)\n", isa->name);
+            continue;
+        }
+        em_isa_set(isa);
+        for (int threads = 1; threads <= 3; threads++) replay(threads);
+        printf("ran: %s\n", isa->name);
+    }
+    printf("%d failures\n", failures);
+    return failures != 0;
+}
