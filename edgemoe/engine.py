@@ -106,13 +106,6 @@ def _json_section(store: Store, name: str) -> dict[str, Any] | None:
     return value
 
 
-def default_threads() -> int:
-    """CPUs this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _plan(
     opened: OpenedModel,
     ceiling: int,
@@ -195,7 +188,7 @@ def load(
                 f"the context size must be from 1 to {longest} for this model, not {ctx}"
             )
         ceiling = memory.resolve_ceiling(mem)
-        plan = _plan(opened, ceiling, bits, dense_bits, ctx, threads or default_threads())
+        plan = _plan(opened, ceiling, bits, dense_bits, ctx, threads or kernels.default_threads())
         return Model(opened, plan, progress)
     except BaseException:
         opened.close()

@@ -1,26 +1,69 @@
-"""The only importer of the native module: checks arrays, then calls kernels.
+"""The only importer of the two backends: checks arrays, then calls kernels.
 
 Every function takes C-contiguous arrays of exactly the stated dtype and shape; anything else raises
 KernelError, and nothing is ever copied or converted. Reduction orders are fixed (native/edgemoe.h):
-outputs are the same bits for any thread count, batch and instruction set.
+outputs are the same bits for any thread count, batch, instruction set and backend.
 
-EDGEMOE_ISA=scalar|avx2 forces an instruction set; the default is the best this machine has.
+EDGEMOE_BACKEND=native|numba forces a backend; the default is native, and numba where the extension
+cannot be imported. EDGEMOE_ISA=scalar|avx2 forces an instruction set of the native one; the default
+is the best this machine has.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _native
-from .errors import KernelError, UsageError
-from .layout import UNIT, MatrixLayout, RecordLayout
-from .types import F32, I8, I32, I64, LEVELS, U8, U64
+from .errors import EdgeMoEError, KernelError, UsageError
+from .layout import ROW_BLOCK, UNIT, MatrixLayout, RecordLayout
+from .types import F32, I8, I32, I64, LEVELS, U8, U64, QuantSpec
+
+_BUILD_NATIVE = "build it with a C compiler at hand (pip install .)"
+_INSTALL_NUMBA = "install numba (pip install 'edgemoe[numba]')"
+
+
+def _choose_backend() -> ModuleType:
+    """The native extension, or the numba module that has the same functions (_native.pyi)."""
+    choice = os.environ.get("EDGEMOE_BACKEND", "")
+    if choice not in ("", "native", "numba"):
+        raise UsageError(f"EDGEMOE_BACKEND={choice}: must be native or numba")
+    if choice != "numba":
+        try:
+            from . import _native
+
+            return _native
+        except ImportError as exc:
+            missing = f"the native extension cannot be imported ({exc})"
+    if choice == "native":
+        raise EdgeMoEError(f"EDGEMOE_BACKEND=native: {missing}: {_BUILD_NATIVE}")
+    try:
+        from . import numba_backend
+    except (ImportError, OSError) as exc:
+        if choice == "numba":
+            raise EdgeMoEError(
+                f"EDGEMOE_BACKEND=numba: numba cannot be imported ({exc}): {_INSTALL_NUMBA}"
+            ) from None
+        raise EdgeMoEError(
+            f"{missing}, nor can numba: {_BUILD_NATIVE}, or {_INSTALL_NUMBA}"
+        ) from None
+    if choice != "numba":
+        # explicit, so that the line printed is this one alone, without the source of the caller
+        text = f"{missing}: using numba, which is slower; {_BUILD_NATIVE}"
+        warnings.warn_explicit(text, RuntimeWarning, "edgemoe", 1)
+    return numba_backend
+
+
+if TYPE_CHECKING:
+    from . import _native
+else:
+    _native = _choose_backend()
 
 Pool = _native.Pool
 MAX_THREADS = 1024
@@ -40,6 +83,11 @@ def _check(what: str, array: NDArray[Any], dtype: type, *shape: int | None) -> N
         raise KernelError(f"{what}: expected a C-contiguous array, got strides {array.strides}")
 
 
+def backend() -> str:
+    """Name of the backend in use: "native" or "numba"."""
+    return "numba" if _native.__name__.endswith("numba_backend") else "native"
+
+
 def isa_names() -> list[str]:
     """Instruction sets this build and machine can run, best first."""
     return _native.isa_names()
@@ -54,12 +102,20 @@ def set_isa(name: str) -> None:
     """Use the named instruction set from now on, in the whole process."""
     if not _native.set_isa(name):
         raise UsageError(
-            f"EDGEMOE_ISA={name}: not available here; this machine has {', '.join(isa_names())}"
+            f"EDGEMOE_ISA={name}: not available here; the {backend()} backend has "
+            f"{', '.join(isa_names())} on this machine"
         )
 
 
 if os.environ.get("EDGEMOE_ISA"):
     set_isa(os.environ["EDGEMOE_ISA"])
+
+
+def default_threads() -> int:
+    """CPUs this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), MAX_THREADS)
+    return min(os.cpu_count() or 1, MAX_THREADS)
 
 
 def new_pool(threads: int) -> Pool:
@@ -315,6 +371,39 @@ def attention(
     out = np.empty_like(q)
     _native.attention(pool, q, k, v, start, window or 0, scale, out)
     return out
+
+
+def quantize_rows(pool: Pool, w: F32, quant: QuantSpec) -> tuple[U8, F32]:
+    """8-bit codes of weights, and the least-squares fit of every level.
+
+    w: float32 [rows, cols]. Returns (codes uint8 [rows, cols], fits float32 [levels, 2, rows,
+    groups]: scales, then offsets). Raises KernelError if a weight is NaN or infinite,
+    or the weights of a group lie more than 2^127 apart.
+    """
+    _check("w", w, np.float32, None, None)
+    rows, cols = w.shape
+    levels = np.array(quant.levels, np.int32)
+    codes = np.empty((rows, cols), np.uint8)
+    fits = np.empty((len(levels), 2, rows, -(-cols // quant.group_size)), np.float32)
+    if not _native.quantize_rows(pool, w, quant.group_size, levels, codes, fits):
+        raise KernelError("w: holds NaN, infinity or values beyond +-2^126")
+    return codes, fits
+
+
+def pack_rows(pool: Pool, codes: U8, levels: Sequence[int]) -> list[U8]:
+    """The bytes that a run of whole row blocks adds to the plane of each level.
+
+    codes: uint8 [rows, cols]. Returns one uint8 array a level, [row_blocks * units * 32 * bits the
+    level adds]; padding rows and columns get code 0.
+    """
+    _check("codes", codes, np.uint8, None, None)
+    cells = -(-codes.shape[0] // ROW_BLOCK) * -(-codes.shape[1] // UNIT) * 32
+    planes = [
+        np.empty(cells * (level - below), np.uint8)
+        for level, below in zip(levels, (0, *levels), strict=False)
+    ]
+    _native.pack_rows(pool, codes, np.array(levels, np.int32), planes)
+    return planes
 
 
 def scratch_bytes(

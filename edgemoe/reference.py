@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .layout import UNIT
-from .types import F32, I8, I32, I64, U8
+from .errors import KernelError
+from .layout import ROW_BLOCK, UNIT
+from .types import F32, I8, I32, I64, U8, QuantSpec
 
 F64 = NDArray[np.float64]
 
@@ -166,3 +167,59 @@ def attention(q: F32, k: F32, v: F32, start: int, scale: float, window: int | No
             p = softmax(keys.astype(np.float64) @ q[i, h].astype(np.float64) * scale)
             out[i, h] = p @ values
     return out
+
+
+def quantize_rows(w: F32, quant: QuantSpec) -> tuple[U8, F32]:
+    """Codes [rows, cols] and fits [levels, 2, rows, groups], with exact integer sums.
+
+    A weight's position in its group's range, 0 .. 255, is kept in 1/4096 of a step.
+    """
+    rows, cols = w.shape
+    width = quant.group_size
+    groups = -(-cols // width)
+    codes = np.empty((rows, cols), np.uint8)
+    fits = np.empty((len(quant.levels), 2, rows, groups), np.float32)
+    for g in range(groups):
+        part = w[:, g * width : (g + 1) * width]
+        n = part.shape[1]
+        low = part.min(axis=1).astype(np.float64)
+        span = part.max(axis=1) - low
+        if not (span <= 2.0**127).all():  # NaN compares false
+            raise KernelError("w: holds NaN, infinity or values beyond +-2^126")
+        inverse = np.divide(255.0, span, out=np.zeros_like(span), where=span > 0)
+        t = np.rint((part - low[:, None]) * inverse[:, None] * 4096).astype(np.int64)
+        code = (t + 2048) // 4096
+        codes[:, g * width : (g + 1) * width] = code
+        sum_t, unit = t.sum(axis=1), span / 255.0
+        mean_w = low + unit * (sum_t / 4096 / n)
+        for i, bits in enumerate(quant.levels):
+            c = code >> (8 - bits)
+            sum_c = c.sum(axis=1)
+            cov = n * (t * c).sum(axis=1) - sum_t * sum_c
+            var = n * (c * c).sum(axis=1) - sum_c * sum_c
+            slope = np.divide(cov, var * 4096.0, out=np.zeros_like(span), where=var > 0)
+            mantissa, exponent = np.frexp(slope * unit)
+            s = np.ldexp(np.rint(mantissa * 2048.0), exponent - 11)
+            fits[i, 0, :, g] = s
+            fits[i, 1, :, g] = mean_w - s * (sum_c / n)
+    return codes, fits
+
+
+def pack_rows(codes: U8, levels: Sequence[int]) -> list[U8]:
+    """Plane bytes of whole row blocks, bit by bit as docs/FORMAT.md says."""
+    rows, cols = codes.shape
+    blocks, units = -(-rows // ROW_BLOCK), -(-cols // UNIT)
+    padded = np.zeros((blocks * ROW_BLOCK, units * UNIT), np.uint8)
+    padded[:rows, :cols] = codes
+    # [block, lane r, unit, t, j] -> [block, unit, t, 4 * r + j]
+    cells = padded.reshape(blocks, ROW_BLOCK, units, 8, 4).transpose(0, 2, 3, 1, 4)
+    cells = cells.reshape(blocks, units, 8, 4 * ROW_BLOCK)
+    planes = []
+    for level, below in zip(levels, (0, *levels), strict=False):
+        bits = level - below
+        field = cells >> (8 - level) & ((1 << bits) - 1)
+        plane = np.zeros((blocks, units, bits, 4 * ROW_BLOCK), np.uint8)
+        for t in range(8):
+            plane[:, :, t // (8 // bits)] |= field[:, :, t] << (bits * (t % (8 // bits)))
+        planes.append(plane.reshape(-1))
+    return planes

@@ -218,6 +218,31 @@ NB_MODULE(_native, m) {
         "pool"_a, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "start"_a, "window"_a, "scale"_a,
         "out"_a.noconvert());
 
+    m.def(
+        "quantize_rows",
+        [](Pool &pool, ConstF32 w, int group, Array<const int32_t> levels, Array<uint8_t> codes, F32 fits) {
+            nb::gil_scoped_release nogil;
+            const int status = em_quantize_rows(pool.p, w.data(), dim(w, 0), dim(w, 1), group, levels.data(),
+                                                dim(levels, 0), codes.data(), fits.data());
+            check(status);
+            return status == EM_OK;
+        },
+        "pool"_a, "w"_a.noconvert(), "group"_a, "levels"_a.noconvert(), "codes"_a.noconvert(),
+        "fits"_a.noconvert());
+
+    m.def(
+        "pack_rows",
+        [](Pool &pool, Array<const uint8_t> codes, Array<const int32_t> levels,
+           const std::vector<Array<uint8_t>> &planes) {
+            std::vector<uint8_t *> out;
+            out.reserve(planes.size());
+            for (const auto &a : planes) out.push_back(a.data());
+            nb::gil_scoped_release nogil;
+            em_pack_rows(pool.p, codes.data(), dim(codes, 0), dim(codes, 1), levels.data(), dim(levels, 0),
+                         out.data());
+        },
+        "pool"_a, "codes"_a.noconvert(), "levels"_a.noconvert(), "planes"_a.noconvert());
+
     m.def("linear_scratch", &em_linear_scratch, "n"_a, "cols"_a, "group_units"_a);
     m.def("experts_scratch", &em_experts_scratch, "threads"_a, "n"_a, "pairs"_a, "hidden"_a, "intermediate"_a,
           "group_units"_a);

@@ -21,7 +21,7 @@ extern "C" {
 #endif
 
 enum { EM_LEVELS = 5, EM_ROW_BLOCK = 8, EM_UNIT = 32, EM_MAX_GROUP_UNITS = 8, EM_SCALE_HEAD = 64 };
-enum em_status { EM_OK = 0, EM_NO_MEMORY = -1 };
+enum em_status { EM_OK = 0, EM_NO_MEMORY = -1, EM_BAD_WEIGHTS = -2 };
 
 /* A [rows, cols] matrix read at levels[level]: one plane pointer a segment, and the scale block of
  * the last segment in use. */
@@ -141,6 +141,15 @@ void em_combine(em_pool *p, const float *pair_out, const int32_t *position, cons
  * window 0 = all. */
 int em_attention(em_pool *p, const float *q, const float *k, const float *v, int n, int heads, int kv_heads,
                  int d, int capacity, int start, int window, float scale, float *out);
+
+/* Weights w [rows, cols] -> 8-bit codes [rows, cols] and, for each level, least-squares scales and
+ * offsets of groups of `group` columns: fits [levels, 2, rows, groups]. EM_BAD_WEIGHTS if a weight is
+ * NaN or infinite, or a group spans more than 2^127. group is at most 4096. */
+int em_quantize_rows(em_pool *p, const float *w, int rows, int cols, int group, const int32_t *levels,
+                     int count, uint8_t *codes, float *fits);
+/* Codes of whole row blocks -> the bytes they add to the plane of each level (docs/FORMAT.md). */
+void em_pack_rows(em_pool *p, const uint8_t *codes, int rows, int cols, const int32_t *levels, int count,
+                  uint8_t *const *planes);
 
 /* Bytes of pool scratch the operations above need. */
 size_t em_linear_scratch(int n, int cols, int group_units);

@@ -8,6 +8,7 @@ import struct
 import numpy as np
 import pytest
 
+from edgemoe import kernels, reference
 from edgemoe.errors import StoreError, UsageError
 from edgemoe.layout import RecordLayout, dense_layout, expert_layout, record_layout
 from edgemoe.mwq import packing
@@ -137,9 +138,33 @@ def test_pieces_do_not_change_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None
     layout = expert_layout(100, 90, QuantSpec())
     codes, scales = random_parts(layout)
     whole = pack_record(layout, codes, scales)
+    weights = decode(layout, whole, 3)
     monkeypatch.setattr(packing, "_CHUNK_CODES", 1)
-    for a, b in zip(whole, pack_record(layout, codes, scales), strict=True):
+    for a, b in zip(weights, decode(layout, whole, 3), strict=True):
         np.testing.assert_array_equal(a, b)
+    pool = kernels.new_pool(2)
+    pieces = [
+        piece
+        for first in range(0, 90, 16)
+        for piece in packing.plane_pieces(layout, 0, first, codes[0][first : first + 16], pool)
+    ]
+    for i, at, data in pieces:
+        np.testing.assert_array_equal(whole[i][at : at + data.size], data)
+    assert sum(p[2].size for p in pieces) == sum(
+        layout.matrices[0].plane_bytes(layout.added_bits(i)) for i in range(5)
+    )
+
+
+@pytest.mark.parametrize(
+    "levels", [LEVELS, (1, 2, 3, 4, 5, 6, 7, 8), (2, 4, 6, 8), (1, 3, 5, 7, 8)]
+)
+@pytest.mark.parametrize("shape", [(1, 1), (8, 32), (13, 37), (70, 704)])
+def test_native_packing_equals_its_twin(levels: tuple[int, ...], shape: tuple[int, int]) -> None:
+    codes = np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
+    for threads in (1, 3):
+        got = kernels.pack_rows(kernels.new_pool(threads), codes, levels)
+        for a, b in zip(got, reference.pack_rows(codes, levels), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_bytes_are_pinned() -> None:

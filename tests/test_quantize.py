@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
+from edgemoe import kernels, reference
 from edgemoe.errors import UsageError
 from edgemoe.layout import dense_layout
-from edgemoe.mwq import quantize
 from edgemoe.mwq.packing import decode, pack_record
 from edgemoe.mwq.quantize import quantize_matrix
 from edgemoe.types import F32, LEVELS, QuantSpec
@@ -144,10 +144,9 @@ def test_one_extreme_group_does_not_change_the_others() -> None:
     np.testing.assert_allclose(fits2[4][0][1:], fits[4][0][1:], rtol=1e-3)
 
 
-def test_rows_do_not_influence_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_do_not_influence_one_another() -> None:
     w = sample("heavy", (50, 300), seed=6)
     codes, fits = quantize_matrix(w, QUANT)
-    monkeypatch.setattr(quantize, "_CHUNK_WEIGHTS", 1)
     for first in (0, 17, 49):
         part_codes, part_fits = quantize_matrix(w[first : first + 1], QUANT)
         np.testing.assert_array_equal(part_codes[0], codes[first])
@@ -170,6 +169,24 @@ def test_non_finite_weights_are_refused(bad: float) -> None:
     w[5, 150] = bad
     with pytest.raises(UsageError, match="NaN, infinity or values beyond"):
         quantize_matrix(w, QUANT)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 31), (40, 300), (16, 2880)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "quant", [QUANT, QuantSpec((1, 2, 4, 6, 7, 8), 32), QuantSpec(LEVELS, 256)]
+)
+def test_native_quantizer_equals_its_twin(
+    shape: tuple[int, int], kind: str, quant: QuantSpec
+) -> None:
+    w = sample(kind, shape, seed=8)
+    w[-1] *= np.float32(1e-42)
+    w[0, : shape[1] // 2] = 0.25
+    want_codes, want = reference.quantize_rows(w, quant)
+    for threads in (1, 3):
+        codes, fits = kernels.quantize_rows(kernels.new_pool(threads), w, quant)
+        np.testing.assert_array_equal(codes, want_codes)
+        np.testing.assert_array_equal(fits.view(np.uint32), want.view(np.uint32))
 
 
 def test_other_arrays_are_refused() -> None:

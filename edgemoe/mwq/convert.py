@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import kernels
 from ..arch import EXPERT_PARTS, ExpertPart, is_nested
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, UsageError, shown
@@ -54,6 +55,7 @@ def convert(
     *,
     progress: Progress | None = None,
     quant: QuantSpec | None = None,
+    threads: int | None = None,
 ) -> ConvertReport:
     """Convert a checkpoint directory into a store.
 
@@ -62,6 +64,7 @@ def convert(
         out: the store to make; appears when it is complete, and replaces a store of that name.
         progress: called after every run of rows with (weights done, weights in all, part).
         quant: levels and group size; by default 2, 3, 4, 6, 8 bits in groups of 128.
+        threads: that quantize; None: one for each CPU this process may use.
 
     Raises:
         CheckpointError: the source is missing, damaged or unsupported.
@@ -76,19 +79,22 @@ def convert(
     experts = len(config.moe_layers) * config.num_experts
     total = experts * expert_weights + sum(math.prod(checkpoint.shape(n)) for n in names)
     meter = _Meter(total, progress)
+    pool = kernels.new_pool(kernels.default_threads() if threads is None else threads)
     metadata = {"source": shown(Path(src).resolve().name), "quantizer": "affine8-lsq"}
     with StoreWriter(out, config, quant, metadata) as writer:
         for layer in config.moe_layers:
             for expert in range(config.num_experts):
                 record = writer.open_expert(layer, expert)
                 for m, part in enumerate(EXPERT_PARTS):
-                    _write_matrix(record, m, _expert_rows(checkpoint, layer, expert, part), meter)
+                    _write_matrix(
+                        record, m, _expert_rows(checkpoint, layer, expert, part), meter, pool
+                    )
                 record.close()
         for name in names:
             if is_nested(name):
                 rows, cols = checkpoint.shape(name)
                 record = writer.open_nested(name, (rows, cols))
-                _write_matrix(record, 0, _dense_rows(checkpoint, name), meter)
+                _write_matrix(record, 0, _dense_rows(checkpoint, name), meter, pool)
                 record.close()
             else:
                 array = checkpoint.tensor(name)
@@ -131,7 +137,9 @@ def _dense_rows(checkpoint: Checkpoint, name: str) -> _Rows:
     return lambda first, stop: checkpoint.tensor(name, rows=(first, stop))
 
 
-def _write_matrix(record: RecordWriter, m: int, read: _Rows, meter: _Meter) -> None:
+def _write_matrix(
+    record: RecordWriter, m: int, read: _Rows, meter: _Meter, pool: kernels.Pool
+) -> None:
     """Quantize matrix m of a record and write its planes and scale blocks."""
     layout = record.layout
     matrix = layout.matrices[m]
@@ -141,12 +149,12 @@ def _write_matrix(record: RecordWriter, m: int, read: _Rows, meter: _Meter) -> N
     for first in range(0, matrix.rows, step):
         stop = min(first + step, matrix.rows)
         try:
-            codes, fits = quantize_matrix(read(first, stop), layout.quant)
+            codes, fits = quantize_matrix(read(first, stop), layout.quant, pool)
         except UsageError as exc:
             raise CheckpointError(f"{record.what}: {exc}") from exc
         for i, (s, o) in enumerate(fits):
             scales[i, 0, first:stop], scales[i, 1, first:stop] = s, o
-        for i, offset, data in plane_pieces(layout, m, first, codes):
+        for i, offset, data in plane_pieces(layout, m, first, codes, pool):
             record.write(i, offset, data)
         meter.add(codes.size, record.what)
     for i in range(levels):

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import kernels
 from ..errors import StoreError, UsageError
 from ..layout import ROW_BLOCK, SCALE_HEAD, UNIT, MatrixLayout, RecordLayout
 from ..types import F32, U8
@@ -27,46 +28,9 @@ LevelScales = tuple[F32, F32]
 """Scales s and offsets o of one level of one matrix: float32 [rows, groups] each."""
 
 _CHUNK_CODES = 1 << 19
-"""Codes packed at a time; the working set of a chunk stays in a core's cache."""
+"""Codes unpacked at a time; the working set of a chunk stays in a core's cache."""
 
 _ONES = {1: np.uint32(0x01010101), 2: np.uint32(0x03030303)}
-
-
-def pack_rows(codes: U8, levels: Sequence[int]) -> list[U8]:
-    """Bytes that a run of whole row blocks adds to each plane.
-
-    Args:
-        codes: uint8 [rows, cols], 8-bit codes; the last block may be short (only a matrix's last).
-        levels: ascending bit-widths, e.g. (2, 3, 4, 6, 8).
-
-    Returns:
-        One uint8 array a level, [row_blocks * units * 32 * bits the level adds]: the plane's bytes
-        from these rows' first block on. Padding rows and columns get code 0.
-    """
-    rows, cols = codes.shape
-    blocks, units = -(-rows // ROW_BLOCK), -(-cols // UNIT)
-    if codes.shape != (blocks * ROW_BLOCK, units * UNIT) or not codes.flags.c_contiguous:
-        padded = np.zeros((blocks * ROW_BLOCK, units * UNIT), np.uint8)
-        padded[:rows, :cols] = codes
-        codes = padded
-    # uint32 [8 T][block, unit, lane]: contiguous for a fixed T
-    quads = codes.view("<u4").reshape(blocks, ROW_BLOCK, units, 8).transpose(3, 0, 2, 1)
-    quads = np.ascontiguousarray(quads)
-    work = np.empty(quads.shape[1:], "<u4")
-    planes: list[U8] = []
-    shift = 8
-    for level, below in zip(levels, (0, *levels), strict=False):
-        bits = level - below
-        shift -= bits
-        per_vector = 8 // bits
-        plane = np.zeros((blocks, units, bits, ROW_BLOCK), "<u4")
-        for t in range(8):
-            np.right_shift(quads[t], np.uint32(shift), out=work)
-            np.bitwise_and(work, _ONES[bits], out=work)
-            np.left_shift(work, np.uint32(bits * (t % per_vector)), out=work)
-            plane[:, :, t // per_vector] |= work
-        planes.append(plane.reshape(-1).view(np.uint8))
-    return planes
 
 
 def _unpack_rows(planes: Sequence[U8], added: Sequence[int], rows: int, cols: int) -> U8:
@@ -140,7 +104,10 @@ def _check_codes(layout: RecordLayout, codes: Sequence[U8]) -> None:
 
 
 def pack_record(
-    layout: RecordLayout, codes: Sequence[U8], scales: Sequence[Sequence[LevelScales]]
+    layout: RecordLayout,
+    codes: Sequence[U8],
+    scales: Sequence[Sequence[LevelScales]],
+    pool: kernels.Pool | None = None,
 ) -> list[U8]:
     """All segments of a record.
 
@@ -148,6 +115,7 @@ def pack_record(
         layout: of the record; says how many matrices and levels there are.
         codes: uint8 [rows, cols] a matrix, 8-bit codes.
         scales: for each matrix, for each level, (s, o) float32 [rows, groups].
+        pool: threads to use; None: one.
 
     Returns:
         One uint8 array a segment, of layout.segment_sizes.
@@ -159,18 +127,19 @@ def pack_record(
     levels = layout.quant.levels
     if [len(m) for m in scales] != [len(levels)] * len(codes):
         raise UsageError(f"scales must come as {len(levels)} levels for each matrix")
+    pool = pool or kernels.new_pool(1)
     segments = [np.zeros(size, np.uint8) for size in layout.segment_sizes]
     for m, matrix in enumerate(layout.matrices):
         for i, segment in enumerate(segments):
             at = int(layout.part_offsets[i, m, 0])
             segment[at : at + matrix.scale_bytes] = pack_scales(matrix, *scales[m][i])
-        for i, at, data in plane_pieces(layout, m, 0, codes[m]):
+        for i, at, data in plane_pieces(layout, m, 0, np.ascontiguousarray(codes[m]), pool):
             segments[i][at : at + data.size] = data
     return segments
 
 
 def plane_pieces(
-    layout: RecordLayout, m: int, first_row: int, codes: U8
+    layout: RecordLayout, m: int, first_row: int, codes: U8, pool: kernels.Pool
 ) -> Iterator[tuple[int, int, U8]]:
     """The plane bytes of a run of rows of matrix m, for writing a record piece by piece.
 
@@ -181,17 +150,8 @@ def plane_pieces(
     Yields:
         (level index, offset in that segment, uint8 bytes).
     """
-    matrix = layout.matrices[m]
-    for first, stop in row_chunks(matrix, len(codes)):
-        for i, data in enumerate(pack_rows(codes[first:stop], layout.quant.levels)):
-            yield i, plane_offset(layout, i, m, first_row + first), data
-
-
-def row_chunks(matrix: MatrixLayout, rows: int) -> Iterator[tuple[int, int]]:
-    """(first, stop) of runs of whole row blocks in `rows` rows, about half a million codes each."""
-    step = max(_CHUNK_CODES // (matrix.units * UNIT * ROW_BLOCK), 1) * ROW_BLOCK
-    for first in range(0, rows, step):
-        yield first, min(first + step, rows)
+    for i, data in enumerate(kernels.pack_rows(pool, codes, layout.quant.levels)):
+        yield i, plane_offset(layout, i, m, first_row), data
 
 
 def plane_offset(layout: RecordLayout, level_index: int, m: int, row: int) -> int:
@@ -223,7 +183,9 @@ def unpack_codes(
     out = []
     for m, matrix in enumerate(layout.matrices):
         codes = np.empty((matrix.rows, matrix.cols), np.uint8)
-        for first, stop in row_chunks(matrix, matrix.rows):
+        step = max(_CHUNK_CODES // (matrix.units * UNIT * ROW_BLOCK), 1) * ROW_BLOCK
+        for first in range(0, matrix.rows, step):
+            stop = min(first + step, matrix.rows)
             planes = []
             for i, bits in enumerate(added):
                 at = plane_offset(layout, i, m, first)

@@ -1,0 +1,286 @@
+"""The second backend: the functions of _native.pyi compiled by numba, with the same bits.
+
+For machines without the built extension. Arrays are as in _native.pyi: C-contiguous, of exactly
+the stated dtype, never copied; shapes are checked in kernels.py. Segments start at multiples of 8
+bytes, as all memory of NumPy and of the arena does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import KernelError
+from ..types import F32, I8, I32, I64, U8, U64
+from . import conversion, floats, products
+from .jit import Kernel
+from .pool import Pool, padded
+
+__all__ = [
+    "Matrix",
+    "Pool",
+    "accumulate",
+    "attention",
+    "attention_scratch",
+    "combine",
+    "crc32c",
+    "decode_rows",
+    "experts",
+    "experts_scratch",
+    "gated_add",
+    "isa",
+    "isa_names",
+    "linear",
+    "linear_f32",
+    "linear_scratch",
+    "matrix",
+    "pack_rows",
+    "quantize_rows",
+    "rmsnorm",
+    "rope",
+    "route",
+    "set_isa",
+    "silu_mul",
+]
+
+_ALL_TOKENS = np.empty(0, np.int32)
+
+
+class Matrix:
+    """A [rows, cols] matrix read at levels[level]; points into memory it does not own."""
+
+    def __init__(self, product: I64) -> None:
+        self.product = product
+        self.rows, self.cols = int(product[products.ROWS]), int(product[products.COLS])
+        self.level = int(product[products.LEVEL])
+
+
+def isa_names() -> list[str]:
+    """The instruction sets to choose from: numba compiles for the machine it runs on."""
+    return ["numba"]
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return "numba"
+
+
+def set_isa(name: str) -> bool:
+    """Whether `name` can be used."""
+    return name == "numba"
+
+
+def crc32c(data: U8, seed: int) -> int:
+    """CRC-32C of data; `seed` is the CRC of the bytes before it."""
+    return int(floats.crc32c(data, seed))
+
+
+def _check_addresses(segments: U64) -> None:
+    if (segments & 7).any():
+        raise KernelError("segments: expected addresses that are multiples of 8")
+
+
+def matrix(
+    segments: U64, offsets: I64, index: int, level: int, rows: int, cols: int, group_units: int
+) -> Matrix:
+    """Matrix `index` of a record: offsets [levels, matrices, 2] of its parts in the segments."""
+    _check_addresses(segments)
+    product = np.zeros(products.FIELDS, np.int64)
+    shape = (rows, cols, group_units)
+    products.describe_matrix(product, segments, offsets, index, level, *shape)
+    return Matrix(product)
+
+
+def _quantize(pool: Pool, x: F32, group_units: int, acts: Sequence[Any]) -> None:
+    pool.run(products.quantize, x.shape[0], 16 * x.size, x, group_units, *acts)
+
+
+def _acts(n: int, cols: int, group_units: int) -> list[tuple[type, tuple[int, ...]]]:
+    """Arrays for activations: codes, a scale for each unit, sums over groups."""
+    units = -(-cols // products.UNIT)
+    return [
+        (np.uint64, (n, 4, units * 8)),
+        (np.float32, (n, units)),
+        (np.float32, (n, -(-units // group_units))),
+    ]
+
+
+def _bytes(parts: Sequence[tuple[type, tuple[int, ...]]]) -> int:
+    return sum(padded(np.dtype(dtype).itemsize, *shape) for dtype, shape in parts)
+
+
+def _workspace(cols: int, group_units: int) -> int:
+    units = -(-cols // products.UNIT)
+    return products.workspace_bytes(units, -(-units // group_units))
+
+
+def linear(pool: Pool, x: F32, w: Sequence[Matrix], y: Sequence[F32]) -> None:
+    """y_m [n, rows_m] = x [n, cols] w_m^T; x is quantized once."""
+    n = x.shape[0]
+    group_units = int(w[0].product[products.GROUP_UNITS])
+    todo = np.array([m.product for m in w])
+    todo[:, products.COUNT] = n
+    todo[:, products.OUT] = [out.ctypes.data for out in y]
+    work = n * sum(m.rows * m.cols for m in w)
+    with pool.lock:
+        acts = pool.carve(*_acts(n, w[0].cols, group_units))
+        _quantize(pool, x, group_units, acts)
+        tasks = products.number_tasks(todo)
+        pool.run(products.multiply, tasks, work, todo, _ALL_TOKENS, *acts)
+
+
+def accumulate(pool: Pool, x: F32, w: Matrix, q: I8, scale: F32, out: I32) -> None:
+    """The integer half of `linear`: q int8 [n, units * 32], scale [n, units], dots
+    int32 [n, padded rows, units]."""
+    group_units = int(w.product[products.GROUP_UNITS])
+    with pool.lock:
+        acts = pool.carve(*_acts(x.shape[0], w.cols, group_units))
+        _quantize(pool, x, group_units, acts)
+        products.accumulate(w.product, acts[0], q, out)
+        scale[:] = acts[1]
+
+
+def linear_f32(pool: Pool, x: F32, w: F32, y: F32) -> None:
+    """y [n, rows] = x [n, cols] w [rows, cols]^T."""
+    with pool.lock:
+        pool.run(floats.linear, x.shape[0] * w.shape[0], x.shape[0] * w.size, x, w, y)
+
+
+def decode_rows(w: Matrix, ids: I64, out: F32) -> None:
+    """out [n, cols] = rows `ids` of w."""
+    products.decode_rows(w.product, ids, out)
+
+
+def rmsnorm(pool: Pool, x: F32, w: F32, eps: float, y: F32) -> None:
+    """y = x / sqrt(mean(x^2) + eps) * w over the last axis."""
+    with pool.lock:
+        pool.run(floats.rmsnorm, x.shape[0], 2 * x.size, x, w, eps, y)
+
+
+def silu_mul(gate: F32, up: F32) -> None:
+    """gate = silu(gate) * up."""
+    floats.silu_mul(0, gate.shape[0], gate, up)
+
+
+def gated_add(y: F32, gate: F32, x: F32) -> None:
+    """y += sigmoid(gate) * x; gate [n, 1]."""
+    floats.gated_add(y, gate, x)
+
+
+def rope(pool: Pool, x: F32, cos: F32, sin: F32) -> None:
+    """Rotate the halves of every head of x [n, heads, d] in place."""
+    with pool.lock:
+        pool.run(floats.rope, x.shape[0], x.size, x, cos, sin)
+
+
+def route(logits: F32, normalize: bool, ids: I32, weights: F32) -> None:
+    """Softmax over experts, then the k largest in falling order; ties: the lower index."""
+    floats.route(logits, normalize, ids, weights)
+
+
+def experts(
+    pool: Pool,
+    x: F32,
+    segments: U64,
+    offsets: I64,
+    levels: I32,
+    first_pair: I32,
+    pair_token: I32,
+    intermediate: int,
+    group_units: int,
+    pair_out: F32,
+) -> None:
+    """pair_out [pairs, hidden] = down(silu(gate x) * (up x)) for every pair of every job."""
+    (n, hidden), pairs, jobs = x.shape, pair_token.shape[0], levels.shape[0]
+    if jobs == 0:
+        return
+    _check_addresses(segments)
+    wide = np.zeros((2 * jobs, products.FIELDS), np.int64)
+    down = np.zeros((jobs, products.FIELDS), np.int64)
+    work = pairs * hidden * intermediate
+    with pool.lock:
+        parts = pool.carve(*_experts_parts(n, pairs, hidden, intermediate, group_units))
+        outer, inner, (gate, up) = parts[:3], parts[3:6], parts[6:]
+        out = (gate, up, pair_out)
+        record = (segments, offsets, levels, first_pair, group_units)
+        products.describe_experts(wide, down, *record, *out)
+        _quantize(pool, x, group_units, outer)
+        tasks = products.number_tasks(wide)
+        pool.run(products.multiply, tasks, 2 * work, wide, pair_token, *outer)
+        pool.run(floats.silu_mul, pairs, 8 * gate.size, gate, up)
+        _quantize(pool, gate, group_units, inner)
+        tasks = products.number_tasks(down)
+        pool.run(products.multiply, tasks, work, down, _ALL_TOKENS, *inner)
+
+
+def combine(pool: Pool, pair_out: F32, position: I32, weights: F32, y: F32) -> None:
+    """y [n, hidden] = sum over slots ascending of weights [n, k] * pair_out[position [n, k]]."""
+    with pool.lock:
+        work = position.size * y.shape[1]
+        pool.run(floats.combine, y.shape[0], work, pair_out, position, weights, y)
+
+
+def attention(
+    pool: Pool, q: F32, k: F32, v: F32, start: int, window: int, scale: float, out: F32
+) -> None:
+    """Causal attention of new tokens at positions start, start + 1, ...; window 0 is none."""
+    n, heads, d = q.shape
+    seen = start + n
+    if window:
+        seen = min(seen, window)
+    with pool.lock:
+        args = (q, k, v, start, window, scale, out)
+        pool.run(floats.attention, n * heads, 2 * n * heads * seen * d, *args)
+
+
+def quantize_rows(pool: Pool, w: F32, group: int, levels: I32, codes: U8, fits: F32) -> bool:
+    """w [rows, cols] to 8-bit codes and fits [levels, 2, rows, groups]; False: w is unfit."""
+    bad = np.empty(w.shape[0], np.bool_)
+    work = 4 * len(levels) * w.size
+    with pool.lock:
+        pool.run(conversion.quantize_rows, len(w), work, w, group, levels, codes, fits, bad)
+    return not bad.any()
+
+
+def pack_rows(pool: Pool, codes: U8, levels: I32, planes: Sequence[U8]) -> None:
+    """The bytes that codes [rows, cols] of whole row blocks add to the plane of each level."""
+    blocks = -(-codes.shape[0] // conversion.ROW_BLOCK)
+    places = np.array([plane.ctypes.data for plane in planes], np.int64)
+    with pool.lock:
+        pool.run(conversion.pack_rows, blocks, codes.size, codes, levels, places)
+
+
+def linear_scratch(n: int, cols: int, group_units: int) -> int:
+    """Bytes that `linear` needs for n tokens on one thread."""
+    return _bytes(_acts(n, cols, group_units)) + _workspace(cols, group_units)
+
+
+def _experts_parts(
+    n: int, pairs: int, hidden: int, intermediate: int, group_units: int
+) -> list[tuple[type, tuple[int, ...]]]:
+    """Activations going in, those of the middle, and results of gate and up."""
+    middle = (np.float32, (pairs, intermediate))
+    outer, inner = _acts(n, hidden, group_units), _acts(pairs, intermediate, group_units)
+    return [*outer, *inner, middle, middle]
+
+
+def experts_scratch(
+    threads: int, n: int, pairs: int, hidden: int, intermediate: int, group_units: int
+) -> int:
+    """Bytes that `experts` needs.
+
+    Compiles all kernels first: whoever asks for sizes goes on to measure what this process holds,
+    and the machine code and the compiler are part of it.
+    """
+    for kernel in Kernel.every:
+        kernel.compiled()
+    parts = _experts_parts(n, pairs, hidden, intermediate, group_units)
+    own = max(_workspace(hidden, group_units), _workspace(intermediate, group_units))
+    return _bytes(parts) + threads * own
+
+
+def attention_scratch(threads: int, positions: int) -> int:
+    """Bytes that `attention` needs."""
+    return threads * padded(positions, 4)
