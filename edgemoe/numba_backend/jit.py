@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 # native core's. The numpy error model leaves out the checks for division by zero.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": False}
 
-# No directory for it can be written (RuntimeError), the disk is full, or what lies there is damaged.
+# No directory for it can be written (RuntimeError), the disk is full, or what lies there is broken.
 _UNUSABLE_CACHE = (RuntimeError, OSError, EOFError, pickle.UnpicklingError)
 
 _F = TypeVar("_F", bound=Callable[..., Any])
