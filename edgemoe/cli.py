@@ -254,6 +254,96 @@ def convert(src: str, out: str, force: bool) -> int:
 
 
 @cli.command(
+    "eval",
+    short_help="Measure how good a store is.",
+    epilog="""\b
+Examples:
+  edgemoe eval olmoe.emoe --text wiki.test.raw --bits 4      perplexity at 4 bits
+  edgemoe eval olmoe.emoe --text a.txt --ref OLMoE-1B-7B     and the distance from the original
+  edgemoe eval olmoe.emoe --text a.txt --ref OLMoE-1B-7B --bits 3 --versus 4
+""",
+)
+@click.argument("store", metavar="STORE")
+@click.option(
+    "--text",
+    "texts",
+    metavar="FILE",
+    multiple=True,
+    required=True,
+    help="UTF-8 text; again for more files.",
+)
+@click.option(
+    "--bits",
+    callback=level,
+    metavar=_LEVEL,
+    help="Bits of the experts.  [default: the most that fit]",
+)
+@click.option(
+    "--dense-bits",
+    callback=level,
+    metavar=_LEVEL,
+    help="Bits of all other matrices.  [default: 8 with --bits 8, else 6]",
+)
+@click.option(
+    "--versus", callback=level, metavar=_LEVEL, help="Compare with these bits, paired by window."
+)
+@click.option(
+    "--ref",
+    metavar="CHECKPOINT",
+    help="The checkpoint the store was made of, run in float32 (it must fit in memory).",
+)
+@click.option(
+    "--ctx",
+    callback=number(4, 2**31 - 1, whole=True),
+    metavar="N",
+    default="512",
+    show_default=True,
+    help="Tokens of a window.",
+)
+@click.option(
+    "--stride",
+    callback=number(1, 2**31 - 1, whole=True),
+    metavar="N",
+    help="Tokens between window starts; ctx/2 scores every token once.  [default: ctx]",
+)
+@click.option(
+    "--chunks",
+    callback=number(1, 2**31 - 1, whole=True),
+    metavar="N",
+    help="Stop after so many windows.",
+)
+@click.option(
+    "--mem",
+    callback=size,
+    metavar="SIZE",
+    default="auto",
+    show_default=True,
+    help="Ceiling on the memory of the store's run.",
+)
+@click.option(
+    "-t",
+    "--threads",
+    callback=number(1, 1024, whole=True),
+    metavar="N",
+    help="Threads that compute.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(**settings: Any) -> int:
+    """Measure STORE on texts: perplexity and bits per byte, each with its standard error.
+
+    Windows and scored tokens are llama.cpp's: windows of --ctx tokens that do not overlap, the
+    second half scored. With --ref also KL divergence from the reference, its 99th percentile, the
+    share of tokens both put first, and the RMS change of the true token's probability; the
+    reference's side is kept on disk, so a sweep over levels runs it once.
+    """
+    from .terminal import evaluate as evaluating
+    from .terminal.model_path import require_store
+
+    require_store(settings["store"])
+    return evaluating.run(evaluating.EvalOptions(**settings))
+
+
+@cli.command(
     short_help="Say what a store holds.",
     epilog="""\b
 Examples:

@@ -386,7 +386,7 @@ def quantize_rows(pool: Pool, w: F32, quant: QuantSpec) -> tuple[U8, F32]:
     codes = np.empty((rows, cols), np.uint8)
     fits = np.empty((len(levels), 2, rows, -(-cols // quant.group_size)), np.float32)
     if not _native.quantize_rows(pool, w, quant.group_size, levels, codes, fits):
-        raise KernelError("w: holds NaN, infinity or values beyond +-2^126")
+        raise KernelError("w: holds NaN, infinity or values beyond 1e38")
     return codes, fits
 
 

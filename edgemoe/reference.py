@@ -40,7 +40,7 @@ def quantize_activations(x: F32) -> tuple[I8, F32]:
     """int8 codes [n, units * 32] and float32 scales [n, units] of x [n, cols].
 
     scale = max|x| / 127 over 32 columns; code = x * (127 / max|x|) in float32, rounded to nearest,
-    ties to even.
+    ties to even; all zero where max|x| < 1e-36, whose reciprocal would overflow.
     """
     n, cols = x.shape
     units = -(-cols // UNIT)
@@ -48,7 +48,9 @@ def quantize_activations(x: F32) -> tuple[I8, F32]:
     padded[:, :cols] = x
     blocks = padded.reshape(n, units, UNIT)
     amax = np.abs(blocks).max(axis=2)
-    inverse = np.divide(np.float32(127), amax, out=np.zeros_like(amax), where=amax > 0)
+    inverse = np.divide(
+        np.float32(127), amax, out=np.zeros_like(amax), where=amax >= np.float32(1e-36)
+    )
     q = np.rint(blocks * inverse[:, :, None]).astype(np.int8)
     return q.reshape(n, -1), amax / np.float32(127)
 
@@ -185,7 +187,7 @@ def quantize_rows(w: F32, quant: QuantSpec) -> tuple[U8, F32]:
         low = part.min(axis=1).astype(np.float64)
         span = part.max(axis=1) - low
         if not (span <= 2.0**127).all():  # NaN compares false
-            raise KernelError("w: holds NaN, infinity or values beyond +-2^126")
+            raise KernelError("w: holds NaN, infinity or values beyond 1e38")
         inverse = np.divide(255.0, span, out=np.zeros_like(span), where=span > 0)
         t = np.rint((part - low[:, None]) * inverse[:, None] * 4096).astype(np.int64)
         code = (t + 2048) // 4096

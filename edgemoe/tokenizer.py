@@ -119,6 +119,22 @@ class Tokenizer:
         found = self._tok.token_to_id(token)
         return None if found is None else int(found)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of text a token stands for; none for special tokens and unknown ids.
+
+        In vocabularies that mark spaces the mark counts as the space it stands for.
+        """
+        if token_id in self._special or not 0 <= token_id < 1 << 32:
+            return b""
+        token = self._tok.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._byte_level:
+            return _token_bytes(token)
+        if token_id in self._byte_ids:
+            return bytes([int(token[3:5], 16)])
+        return str(token).replace("\u2581", " ").encode("utf-8")
+
     def stream(self) -> TextStream:
         """A fresh decoder of ids that come one at a time."""
         return TextStream(self)

@@ -6,6 +6,9 @@
 #include <stdint.h>
 #include <string.h>
 
+/* 32 activations whose largest is below this round to zero: 127 / peak would overflow. */
+#define EM_SMALLEST_PEAK 1e-36f
+
 /* exp(x) by 2^n * p(r), |r| <= ln2 / 2; relative error below 2e-7 on [-87, 88], clamped outside. */
 #define EM_EXP_LO (-87.0f)
 #define EM_EXP_HI 88.0f

@@ -51,7 +51,7 @@ static void quantize(const float *x, int cols, const em_acts *a, int row) {
         for (int i = 0; i < 4; i++) v[i] = f8_load(from + 8 * i);
         const float amax =
             f8_peak(f8_max(f8_max(f8_abs(v[0]), f8_abs(v[1])), f8_max(f8_abs(v[2]), f8_abs(v[3]))));
-        const f8 inverse = f8_set1(amax > 0.0f ? 127.0f / amax : 0.0f);
+        const f8 inverse = f8_set1(amax >= EM_SMALLEST_PEAK ? 127.0f / amax : 0.0f);
         for (int i = 0; i < 4; i++) v[i] = f8_round(f8_mul(v[i], inverse));
         const int32_t sum = bytes_sum(v, q + first);
         scale[u] = amax / 127.0f;

@@ -17,7 +17,7 @@ static void quantize(const float *x, int cols, const em_acts *a, int row) {
             const float v = fabsf(x[first + i]);
             amax = v > amax ? v : amax;
         }
-        const float inverse = amax > 0.0f ? 127.0f / amax : 0.0f;
+        const float inverse = amax >= EM_SMALLEST_PEAK ? 127.0f / amax : 0.0f;
         int32_t sum = 0;
         for (int i = 0; i < EM_UNIT; i++) {
             const int32_t v = i < n ? (int32_t)rintf(x[first + i] * inverse) : 0;
@@ -50,8 +50,9 @@ static void unpack_unit(const em_matrix *w, int rb, int u, unit_codes code) {
 
 /* Dots of the 8 rows with 32 activations, in a form that compilers turn into vectors. */
 static void dot_unit(unit_codes code, const int8_t *q, int32_t dots[EM_ROW_BLOCK]) {
-    int16_t lane[2][4 * EM_ROW_BLOCK] = {{0}}; /* four products of at most 255 * 127 overflow int16: */
-    int32_t sum[4 * EM_ROW_BLOCK] = {0};       /* the high and the low nibbles are summed apart */
+    /* Eight products of a nibble and 127 fit in int16, of a whole code they would not. */
+    int16_t lane[2][4 * EM_ROW_BLOCK] = {{0}};
+    int32_t sum[4 * EM_ROW_BLOCK] = {0};
     for (int t = 0; t < 8; t++) {
         int8_t four[4 * EM_ROW_BLOCK];
         for (int r = 0; r < EM_ROW_BLOCK; r++) memcpy(four + 4 * r, q + 4 * t, 4);

@@ -36,6 +36,9 @@ def activations(rng: np.random.Generator, n: int, cols: int) -> np.ndarray:
         x[2] *= np.float32(1e-30)
     if n > 3:
         x[3, ::7] *= np.float32(1e4)
+    if n > 5:
+        x[4] = np.float32(1e-37)  # too small for a float32 reciprocal
+        x[5] = np.float32(1e-42)
     return x
 
 
@@ -50,7 +53,7 @@ def test_integer_accumulators_are_exact(
     pool = kernels.new_pool(1)
     for fill in ("random", "max", "edges"):
         segments, coded = random_record(layout, rng, fill)
-        x = activations(rng, 4, shape[1])
+        x = activations(rng, 6, shape[1])
         q, scale, dots = kernels.accumulate(pool, x, NestedMatrix.of(layout, segments[: level + 1]))
         want_q, want_scale, want = reference.accumulate(x, coded[level][0])
         assert np.array_equal(q, want_q)

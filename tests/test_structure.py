@@ -37,6 +37,8 @@ RANK = {
     "pipeline": 6,
     "weights": 7,
     "generation": 7,
+    "evaluate": 7,
+    "reference_logits": 8,
     "engine": 8,
 }
 TOP = 9  # cli and what only it uses

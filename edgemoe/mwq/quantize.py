@@ -45,6 +45,6 @@ def quantize_matrix(
         )
     except KernelError:
         raise UsageError(
-            "weights hold NaN, infinity or values beyond +-2^126: not a trained model"
+            "weights hold NaN, infinity or values beyond 1e38: not a trained model"
         ) from None
     return codes, [(fits[i, 0], fits[i, 1]) for i in range(len(quant.levels))]

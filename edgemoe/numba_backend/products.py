@@ -36,6 +36,7 @@ _EVERY_BYTE = np.uint64(0x0101010101010101)
 _TWO_WORDS = np.uint64(0x0000000100000001)
 _ZERO, _INT8_MAX = np.float32(0), np.float32(127)
 _SUBNORMAL_HALF = np.float32(2.0**-24)
+_SMALLEST_PEAK = np.float32(1e-36)
 
 _INT = types.int64
 _F32_1D, _F32_2D = array_in(types.float32, 1), array_in(types.float32, 2)
@@ -72,7 +73,7 @@ def quantize(
                 v = abs(x[row, at + i])
                 if v > largest:
                     largest = v
-            inverse = _INT8_MAX / largest if largest > _ZERO else _ZERO
+            inverse = _INT8_MAX / largest if largest >= _SMALLEST_PEAK else _ZERO
             total = np.int32(0)
             for i in range(UNIT):
                 code = np.int32(np.rint(x[row, at + i] * inverse)) if i < n else np.int32(0)
