@@ -67,6 +67,42 @@ def size(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
+def _loading(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of every command that loads a store."""
+    options = [
+        click.option(
+            "--mem",
+            callback=size,
+            metavar="SIZE",
+            default="auto",
+            show_default=True,
+            help="Ceiling on all memory: 512M, 8G, 8GB, 8GiB; auto takes 70 % of what is free.",
+        ),
+        click.option(
+            "--bits",
+            callback=level,
+            metavar=_LEVEL,
+            help="Bits of the experts.  [default: the most that fit]",
+        ),
+        click.option(
+            "--dense-bits",
+            callback=level,
+            metavar=_LEVEL,
+            help="Bits of all other matrices.  [default: 8 with --bits 8, else 6]",
+        ),
+        click.option(
+            "-t",
+            "--threads",
+            callback=number(1, 1024, whole=True),
+            metavar="N",
+            help="Threads that compute.  [default: the CPUs this process may use]",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
@@ -99,26 +135,7 @@ Examples:
 @click.option("-m", "--model", metavar="MODEL", help="The model, whatever its name looks like.")
 @click.option("-p", "--prompt", metavar="TEXT", help="The prompt, whatever it looks like.")
 @click.option("--raw", is_flag=True, help="Skip the model's chat template.")
-@click.option(
-    "--mem",
-    callback=size,
-    metavar="SIZE",
-    default="auto",
-    show_default=True,
-    help="Ceiling on all memory: 512M, 8G, 8GB, 8GiB; auto takes 70 % of what is free.",
-)
-@click.option(
-    "--bits",
-    callback=level,
-    metavar=_LEVEL,
-    help="Bits of the experts.  [default: the most that fit]",
-)
-@click.option(
-    "--dense-bits",
-    callback=level,
-    metavar=_LEVEL,
-    help="Bits of all other matrices.  [default: 8 with --bits 8, else 6]",
-)
+@_loading
 @click.option(
     "-n",
     "--max-tokens",
@@ -135,13 +152,6 @@ Examples:
     metavar="N",
     help="Most tokens of prompt and answer together.  [default: what they need, in steps of 256; "
     "interactive 4096; at most the model's]",
-)
-@click.option(
-    "-t",
-    "--threads",
-    callback=number(1, 1024, whole=True),
-    metavar="N",
-    help="Threads that compute.  [default: the CPUs this process may use]",
 )
 @click.option(
     "--temp",
@@ -272,25 +282,15 @@ Examples:
     required=True,
     help="UTF-8 text; again for more files.",
 )
-@click.option(
-    "--bits",
-    callback=level,
-    metavar=_LEVEL,
-    help="Bits of the experts.  [default: the most that fit]",
-)
-@click.option(
-    "--dense-bits",
-    callback=level,
-    metavar=_LEVEL,
-    help="Bits of all other matrices.  [default: 8 with --bits 8, else 6]",
-)
+@_loading
 @click.option(
     "--versus", callback=level, metavar=_LEVEL, help="Compare with these bits, paired by window."
 )
 @click.option(
     "--ref",
     metavar="CHECKPOINT",
-    help="The checkpoint the store was made of, run in float32 (it must fit in memory).",
+    help="The checkpoint the store was made of, run in float32: all of it must fit in memory, "
+    "beside --mem.",
 )
 @click.option(
     "--ctx",
@@ -311,21 +311,6 @@ Examples:
     callback=number(1, 2**31 - 1, whole=True),
     metavar="N",
     help="Stop after so many windows.",
-)
-@click.option(
-    "--mem",
-    callback=size,
-    metavar="SIZE",
-    default="auto",
-    show_default=True,
-    help="Ceiling on the memory of the store's run.",
-)
-@click.option(
-    "-t",
-    "--threads",
-    callback=number(1, 1024, whole=True),
-    metavar="N",
-    help="Threads that compute.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(**settings: Any) -> int:
