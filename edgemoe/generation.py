@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .sampling import Sampler, SamplingParams
+from .sampling import REPEAT_WINDOW, Sampler, SamplingParams
 from .tokenizer import Tokenizer
 from .types import F32, Stats
 
@@ -172,7 +172,7 @@ class Generation:
         while True:
             if self._hash is not None:
                 self._hash.update(np.ascontiguousarray(logits, "<f4").tobytes())
-            token = self._sampler.sample(logits, [*self.prompt_ids[-64:], *self.token_ids[-64:]])
+            token = self._sampler.sample(logits, self._recent())
             if not self.token_ids:
                 self._ttft_s = time.perf_counter() - self._started
             if token in self._eos:
@@ -196,6 +196,10 @@ class Generation:
             logits = self._sequencer.step(token)
             self._decode_s += time.perf_counter() - before
             self._steps += 1
+
+    def _recent(self) -> list[int]:
+        """The last ids, prompt included, as many as the repeat penalty looks at."""
+        return [*self.prompt_ids[-REPEAT_WINDOW:], *self.token_ids[-REPEAT_WINDOW:]]
 
     def _end(self, reason: str) -> Iterator[str]:
         """The last text, then the end."""

@@ -93,15 +93,6 @@ class QuantSpec:
 
 
 @dataclass(frozen=True)
-class PlaneId:
-    """One segment of one expert: what it adds to lift the expert to level `levels[level_index]`."""
-
-    layer: int
-    expert: int
-    level_index: int
-
-
-@dataclass(frozen=True)
 class PlaneRef:
     """Where a segment lies in the store file: byte offset, byte size, CRC32C of those bytes."""
 

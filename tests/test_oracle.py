@@ -60,6 +60,7 @@ def test_float_forward_equals_transformers(tmp_path: Path, name: str) -> None:
     singles = run.cache()
     one_by_one = np.concatenate([run(singles, ids[i : i + 1]) for i in range(len(ids))])
     assert relative(one_by_one, want) <= 1e-4
+    print(f"{name}: {relative(np.concatenate(got), want):.1e}, {relative(one_by_one, want):.1e}")
     # the oracle itself must react to what is tested: another token, other logits
     ids[3] = (ids[3] + 1) % 160
     assert relative(oracle_logits(model, ids), want) > 1e-3

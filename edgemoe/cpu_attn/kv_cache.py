@@ -54,12 +54,6 @@ class KVCache:
         """The n tokens just attended from are now part of the sequence."""
         self.length += n
 
-    def truncate(self, length: int) -> None:
-        """Forget all positions from `length` on."""
-        if not 0 <= length <= self.length:
-            raise UsageError(f"cannot truncate a cache of {self.length} tokens to {length}")
-        self.length = length
-
 
 def rope_tables(config: ModelConfig, positions: np.ndarray) -> tuple[F32, F32]:
     """cos, sin float32 [n, head_dim / 2] of position * theta^(-2i / head_dim).

@@ -11,20 +11,11 @@ from ..types import F32, I32
 
 
 class SerialExperts:
-    """The mixture part of every layer, on experts that are all resident at one level.
-
-    Counts the levels it grants: `mean_bits` is the unweighted mean over all (token, slot) demands.
-    """
+    """The mixture part of every layer, on experts that are all resident at one level."""
 
     def __init__(self, pool: kernels.Pool, resident: ResidentExperts) -> None:
         self._pool = pool
         self._resident = resident
-        self._demands = 0
-
-    @property
-    def demands(self) -> int:
-        """(token, slot) pairs served so far."""
-        return self._demands
 
     @property
     def mean_bits(self) -> float:
@@ -49,5 +40,4 @@ class SerialExperts:
         )
         position = np.empty(n * k, np.int32)
         position[want.pair] = np.arange(n * k, dtype=np.int32)
-        self._demands += n * k
         return kernels.combine(self._pool, pair_out, position.reshape(n, k), weights)
