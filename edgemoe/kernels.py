@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import EdgeMoEError, KernelError, UsageError
+from .errors import EdgeMoEError, KernelError, UsageError, shown
 from .layout import ROW_BLOCK, UNIT, MatrixLayout, RecordLayout
-from .types import F32, I8, I32, I64, LEVELS, U8, U64, QuantSpec
+from .types import F32, I8, I32, I64, LEVELS, U8, U64, NestedScales, QuantSpec
 
 _BUILD_NATIVE = "build it with a C compiler at hand (pip install .)"
 _INSTALL_NUMBA = "install numba (pip install 'edgemoe[numba]')"
@@ -147,7 +147,11 @@ MAX_GROUP_SIZE = 256
 
 def _group_units(layout: RecordLayout) -> int:
     quant = layout.quant
-    if quant.levels != LEVELS or quant.group_size % UNIT or quant.group_size > MAX_GROUP_SIZE:
+    if (
+        quant.levels != LEVELS[: len(quant.levels)]
+        or quant.group_size % UNIT
+        or quant.group_size > MAX_GROUP_SIZE
+    ):
         raise KernelError(
             f"levels {quant.levels} in groups of {quant.group_size}: the kernels take {LEVELS} in "
             f"groups of a multiple of {UNIT} up to {MAX_GROUP_SIZE}"
@@ -373,21 +377,25 @@ def attention(
     return out
 
 
-def quantize_rows(pool: Pool, w: F32, quant: QuantSpec) -> tuple[U8, F32]:
-    """8-bit codes of weights, and the least-squares fit of every level.
+def quantize_rows(pool: Pool, w: F32, quant: QuantSpec) -> tuple[U8, NestedScales]:
+    """8-bit codes of weights float32 [rows, cols], and their scales with gains of 1.
 
-    w: float32 [rows, cols]. Returns (codes uint8 [rows, cols], fits float32 [levels, 2, rows,
-    groups]: scales, then offsets). Raises KernelError if a weight is NaN or infinite,
-    or the weights of a group lie more than 2^127 apart.
+    Returns codes uint8 [rows, cols]. Raises KernelError if a weight is NaN or infinite, or the
+    weights of a group lie more than 2^127 apart.
     """
     _check("w", w, np.float32, None, None)
     rows, cols = w.shape
-    levels = np.array(quant.levels, np.int32)
+    groups = -(-cols // quant.group_size)
     codes = np.empty((rows, cols), np.uint8)
-    fits = np.empty((len(levels), 2, rows, -(-cols // quant.group_size)), np.float32)
-    if not _native.quantize_rows(pool, w, quant.group_size, levels, codes, fits):
+    exponent = np.empty(rows, np.uint8)
+    step, zero = np.empty((rows, groups), np.uint8), np.empty((rows, groups), np.uint8)
+    levels = np.array(quant.levels, np.int32)
+    shift = np.empty((len(levels), rows, groups), np.uint8)
+    out = (codes, exponent, step, zero, shift)
+    if not _native.quantize_rows(pool, w, quant.group_size, levels, *out):
         raise KernelError("w: holds NaN, infinity or values beyond 1e38")
-    return codes, fits
+    gain = np.ones((len(levels), rows), np.float32)
+    return codes, NestedScales(exponent, step, zero, gain, shift)
 
 
 def pack_rows(pool: Pool, codes: U8, levels: Sequence[int]) -> list[U8]:
@@ -404,6 +412,30 @@ def pack_rows(pool: Pool, codes: U8, levels: Sequence[int]) -> list[U8]:
     ]
     _native.pack_rows(pool, codes, np.array(levels, np.int32), planes)
     return planes
+
+
+GGML_BLOCKS: Mapping[str, tuple[int, int]] = MappingProxyType(_native.ggml_blocks())
+"""The block formats of GGML that `dequantize` takes: name -> (weights, bytes) of one block."""
+
+
+def dequantize(pool: Pool, data: U8, type_name: str, out: F32) -> None:
+    """Decode GGML blocks: out [n] = the weights of the whole blocks in `data`, in their order.
+
+    data: uint8 [n / weights * bytes], a block being GGML_BLOCKS[type_name] = (weights, bytes), at
+    any address; out: float32 [n]. The float32 operations are those of ggml, in its order.
+    """
+    if type_name not in GGML_BLOCKS:
+        raise KernelError(
+            f"type {shown(str(type_name))}: cannot be decoded; known: {', '.join(GGML_BLOCKS)}"
+        )
+    weights, size = GGML_BLOCKS[type_name]
+    _check("out", out, np.float32, None)
+    if out.size % weights:
+        raise KernelError(f"out: {out.size} weights are not whole {type_name} blocks of {weights}")
+    _check("data", data, np.uint8, out.size // weights * size)
+    if not out.flags.writeable:
+        raise KernelError("out: expected a writable array")
+    _native.dequantize(pool, data, type_name, out)
 
 
 def scratch_bytes(

@@ -2,16 +2,17 @@
 
 A record is one or more matrices ([gate, up, down] for an expert, one matrix for a dense linear)
 stored as one segment a level. Segment i holds, in this order, for every matrix m:
-    scale block of level i   one 64-byte head (float32 multiplier, zero padding), then
-                             [row block of 8][group] x 32 bytes: 8 float16 scales, 8 float16 offsets
+    scale block   gains of level i, float16 a row; below 8 bits its shifts, 4 bits a row and group;
+                  in segment 0 also, for all levels, exponents, uint8 a row, and steps and zeros,
+                  [row block of 8][group] x 16 bytes
 and then, for every matrix m:
-    plane                    [row block of 8][unit of 32 columns] x 32 bytes per bit the level adds
+    plane         [row block of 8][unit of 32 columns] x 32 bytes per bit the level adds
 Every part starts on a 64-byte boundary of the segment. See docs/FORMAT.md for the bit order.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,8 +21,8 @@ from .types import I64, QuantSpec
 
 ROW_BLOCK = 8
 UNIT = 32
+CODE_BITS = 8
 PART_ALIGN = 64
-SCALE_HEAD = 64
 DIRECT_ALIGN = 4096
 DIRECT_FROM = 256 * 1024
 """Segments at least this large are aligned to DIRECT_ALIGN, so that O_DIRECT can read them."""
@@ -54,8 +55,24 @@ class MatrixLayout:
         return -(-self.units * UNIT // self.group_size)
 
     @property
-    def scale_bytes(self) -> int:
-        return SCALE_HEAD + self.row_blocks * self.groups * 4 * ROW_BLOCK
+    def gain_bytes(self) -> int:
+        """Bytes of one level's gains, padded."""
+        return align_up(self.row_blocks * ROW_BLOCK * 2, PART_ALIGN)
+
+    @property
+    def exponent_bytes(self) -> int:
+        """Bytes of the exponents, padded."""
+        return align_up(self.row_blocks * ROW_BLOCK, PART_ALIGN)
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of the steps and zeros, padded."""
+        return align_up(self.row_blocks * self.groups * 2 * ROW_BLOCK, PART_ALIGN)
+
+    @property
+    def shift_bytes(self) -> int:
+        """Bytes of one level's shifts, padded."""
+        return align_up(self.row_blocks * self.groups * ROW_BLOCK // 2, PART_ALIGN)
 
     def plane_bytes(self, bits: int) -> int:
         """Bytes of a plane that adds `bits` (1 or 2) bits to every code."""
@@ -70,6 +87,20 @@ class RecordLayout:
     quant: QuantSpec
     alignment: int
 
+    def scale_parts(self, level_index: int, m: int) -> dict[str, int]:
+        """Offsets in the scale block of matrix m of what it holds, and its "end", in order."""
+        matrix = self.matrices[m]
+        sizes = {"gain": matrix.gain_bytes}
+        if level_index == 0:
+            sizes |= {"exponent": matrix.exponent_bytes, "step": matrix.step_bytes}
+        if self.quant.levels[level_index] < CODE_BITS:
+            sizes["shift"] = matrix.shift_bytes
+        out, at = {}, 0
+        for name, size in sizes.items():
+            out[name] = at
+            at += size
+        return out | {"end": at}
+
     def added_bits(self, level_index: int) -> int:
         """Bits that segment `level_index` adds to every code."""
         levels = self.quant.levels
@@ -82,9 +113,9 @@ class RecordLayout:
         out = np.zeros((n, len(self.matrices), 2), np.int64)
         for i in range(n):
             at = 0
-            for m, mat in enumerate(self.matrices):
+            for m in range(len(self.matrices)):
                 out[i, m, 0] = at
-                at += align_up(mat.scale_bytes, PART_ALIGN)
+                at += self.scale_parts(i, m)["end"]
             for m, mat in enumerate(self.matrices):
                 out[i, m, 1] = at
                 at += align_up(mat.plane_bytes(self.added_bits(i)), PART_ALIGN)
@@ -136,9 +167,10 @@ def record_layout(shapes: tuple[tuple[int, int], ...], quant: QuantSpec) -> Reco
 
 
 def expert_layout(hidden_size: int, moe_intermediate_size: int, quant: QuantSpec) -> RecordLayout:
-    """Layout of one expert: gate [I, H], up [I, H], down [H, I]."""
+    """Layout of one expert: gate [I, H], up [I, H], down [H, I], at the levels experts hold."""
     h, i = hidden_size, moe_intermediate_size
-    return record_layout(((i, h), (i, h), (h, i)), quant)
+    held = replace(quant, levels=quant.expert_levels)
+    return record_layout(((i, h), (i, h), (h, i)), held)
 
 
 def dense_layout(rows: int, cols: int, quant: QuantSpec) -> RecordLayout:

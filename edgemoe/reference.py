@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .errors import KernelError
 from .layout import ROW_BLOCK, UNIT
-from .types import F32, I8, I32, I64, U8, QuantSpec
+from .types import F32, I8, I32, I64, U8, NestedScales, QuantSpec
 
 F64 = NDArray[np.float64]
 
@@ -171,40 +171,46 @@ def attention(q: F32, k: F32, v: F32, start: int, scale: float, window: int | No
     return out
 
 
-def quantize_rows(w: F32, quant: QuantSpec) -> tuple[U8, F32]:
-    """Codes [rows, cols] and fits [levels, 2, rows, groups], with exact integer sums.
-
-    A weight's position in its group's range, 0 .. 255, is kept in 1/4096 of a step.
-    """
+def quantize_rows(w: F32, quant: QuantSpec) -> tuple[U8, NestedScales]:
+    """Codes [rows, cols] and scales with gains of 1; sums are exact integers, as the kernels'."""
     rows, cols = w.shape
     width = quant.group_size
-    groups = -(-cols // width)
+    starts = range(0, cols, width)
+    parts = [w[:, at : at + width].astype(np.float64) for at in starts]
+    low = np.stack([np.minimum(p.min(axis=1), 0.0) for p in parts], axis=1)
+    high = np.stack([np.maximum(p.max(axis=1), 0.0) for p in parts], axis=1)
+    span = high - low
+    if not (span <= 2.0**127).all():  # NaN compares false
+        raise KernelError("w: holds NaN, infinity or values beyond 1e38")
+    # The smallest storable step that reaches: five significant bits, rounded up.
+    fraction, exponent = np.frexp(span / 255.0)
+    _, exponent = np.frexp(np.ldexp(np.ceil(fraction * 32.0) / 32.0, exponent))
+    mantissa = np.ceil(np.ldexp(span / 255.0, 5 - exponent)).astype(np.int64)
+    exponent = np.where(span > 0, exponent - 1, -126)
+    mantissa = np.where(span > 0, mantissa - 16, 0)
+    base = np.maximum(exponent.max(axis=1) - 15, -126)
+    octave = exponent - base[:, None]
+    mantissa = np.where(octave < 0, 0, mantissa)
+    octave = np.maximum(octave, 0)
+    inverse = 1.0 / np.ldexp(1.0 + mantissa / 16.0, base[:, None] + octave)
+    zero = np.clip(np.rint(127.5 - (low + high) * 0.5 * inverse), 0.0, 255.0)
     codes = np.empty((rows, cols), np.uint8)
-    fits = np.empty((len(quant.levels), 2, rows, groups), np.float32)
-    for g in range(groups):
-        part = w[:, g * width : (g + 1) * width]
-        n = part.shape[1]
-        low = part.min(axis=1).astype(np.float64)
-        span = part.max(axis=1) - low
-        if not (span <= 2.0**127).all():  # NaN compares false
-            raise KernelError("w: holds NaN, infinity or values beyond 1e38")
-        inverse = np.divide(255.0, span, out=np.zeros_like(span), where=span > 0)
-        t = np.rint((part - low[:, None]) * inverse[:, None] * 4096).astype(np.int64)
-        code = (t + 2048) // 4096
-        codes[:, g * width : (g + 1) * width] = code
-        sum_t, unit = t.sum(axis=1), span / 255.0
-        mean_w = low + unit * (sum_t / 4096 / n)
-        for i, bits in enumerate(quant.levels):
-            c = code >> (8 - bits)
-            sum_c = c.sum(axis=1)
-            cov = n * (t * c).sum(axis=1) - sum_t * sum_c
-            var = n * (c * c).sum(axis=1) - sum_c * sum_c
-            slope = np.divide(cov, var * 4096.0, out=np.zeros_like(span), where=var > 0)
-            mantissa, exponent = np.frexp(slope * unit)
-            s = np.ldexp(np.rint(mantissa * 2048.0), exponent - 11)
-            fits[i, 0, :, g] = s
-            fits[i, 1, :, g] = mean_w - s * (sum_c / n)
-    return codes, fits
+    shift = np.full((len(quant.levels), *zero.shape), 8, np.uint8)
+    for g, (at, part) in enumerate(zip(starts, parts, strict=True)):
+        place = part * inverse[:, g, None] + zero[:, g, None]
+        code = np.clip(np.rint(place), 0.0, 255.0).astype(np.int64)
+        codes[:, at : at + width] = code
+        # In 1/256 of a position, so that sums are exact.
+        total = np.clip(np.rint(place * 256.0), -256.0, 65536.0).astype(np.int64).sum(axis=1)
+        for i, bits in enumerate(quant.levels[:-1]):
+            cell = 1 << (8 - bits)
+            centre = ((code & -cell) * 256 + (cell - 1) * 128).sum(axis=1)
+            mean = (total - centre) / (part.shape[1] * cell * 16.0)  # in sixteenths of a cell
+            shift[i, :, g] = np.clip(np.rint(mean) + 8, 0, 15)
+    step = (octave * 16 + mantissa).astype(np.uint8)
+    gain = np.ones((len(quant.levels), rows), np.float32)
+    exponents = (base + 127).astype(np.uint8)
+    return codes, NestedScales(exponents, step, zero.astype(np.uint8), gain, shift)
 
 
 def pack_rows(codes: U8, levels: Sequence[int]) -> list[U8]:

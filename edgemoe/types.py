@@ -84,12 +84,39 @@ class ModelConfig:
 class QuantSpec:
     """How the weights of a store are nested.
 
-    levels: ascending bit-widths, the last is 8. group_size: input columns that share a scale
-    and an offset at each level (the last group of a row may be narrower).
+    levels: ascending bit-widths, the last is 8. group_size: input columns that share a step and a
+    zero point (the last group of a row may be narrower). max_level: the highest level that experts
+    hold; dense linears hold all.
     """
 
     levels: tuple[int, ...] = LEVELS
     group_size: int = 128
+    max_level: int = LEVELS[-1]
+
+    @property
+    def expert_levels(self) -> tuple[int, ...]:
+        """Levels that experts can be read at."""
+        return tuple(level for level in self.levels if level <= self.max_level)
+
+
+@dataclass(frozen=True)
+class NestedScales:
+    """What turns the codes of one matrix (or a run of its rows) into weights, at every level.
+
+    A group's step is 2^(exponent - 127) * (1 + (step mod 16) / 16) * 2^(step div 16); with
+    c = code >> (8 - b), gain and shift those of level b,
+
+        w = step * (2^(8-b) * (gain * (c - (2^b - 1) / 2) + (shift - 8) / 16) + 127.5 - zero)
+
+    exponent: uint8 [rows], 1 to 239. step, zero: uint8 [rows, groups]. gain: float32 [levels,
+    rows], values that float16 holds. shift: uint8 [levels, rows, groups], 0 to 15, at 8 bits 8.
+    """
+
+    exponent: U8
+    step: U8
+    zero: U8
+    gain: F32
+    shift: U8
 
 
 @dataclass(frozen=True)

@@ -39,21 +39,6 @@ void check(int status) {
 
 int dim(const auto &array, size_t axis) { return static_cast<int>(array.shape(axis)); }
 
-em_matrix make_matrix(const uint64_t *segments, const int64_t *offsets, size_t stride, int level, int rows,
-                      int cols, int group_units) {
-    em_matrix w = {};
-    for (int s = 0; s <= level; s++)
-        w.plane[s] = reinterpret_cast<const uint8_t *>(segments[s]) + offsets[s * stride + 1];
-    w.scale = reinterpret_cast<const uint8_t *>(segments[level]) + offsets[level * stride];
-    w.level = level;
-    w.rows = rows;
-    w.cols = cols;
-    w.units = (cols + EM_UNIT - 1) / EM_UNIT;
-    w.group_units = group_units;
-    w.groups = (w.units + group_units - 1) / group_units;
-    return w;
-}
-
 } // namespace
 
 NB_MODULE(_native, m) {
@@ -92,8 +77,8 @@ NB_MODULE(_native, m) {
         "matrix",
         [](Array<const uint64_t> segments, Array<const int64_t> offsets, int index, int level, int rows,
            int cols, int group_units) {
-            return make_matrix(segments.data(), offsets.data() + 2 * index, offsets.shape(1) * 2, level, rows,
-                               cols, group_units);
+            return em_matrix_at(segments.data(), offsets.data() + 2 * index, 2 * dim(offsets, 1), level, rows,
+                                cols, group_units);
         },
         "segments"_a.noconvert(), "offsets"_a.noconvert(), "index"_a, "level"_a, "rows"_a, "cols"_a,
         "group_units"_a);
@@ -185,9 +170,9 @@ NB_MODULE(_native, m) {
                 const uint64_t *at = segments.data() + j * segments.shape(1);
                 const int64_t *o = offsets.data();
                 const int level = levels.data()[j], *first = first_pair.data() + j;
-                jobs[j] = {make_matrix(at, o, 6, level, intermediate, hidden, group_units),
-                           make_matrix(at, o + 2, 6, level, intermediate, hidden, group_units),
-                           make_matrix(at, o + 4, 6, level, hidden, intermediate, group_units), first[0],
+                jobs[j] = {em_matrix_at(at, o, 6, level, intermediate, hidden, group_units),
+                           em_matrix_at(at, o + 2, 6, level, intermediate, hidden, group_units),
+                           em_matrix_at(at, o + 4, 6, level, hidden, intermediate, group_units), first[0],
                            first[1] - first[0]};
             }
             nb::gil_scoped_release nogil;
@@ -220,15 +205,17 @@ NB_MODULE(_native, m) {
 
     m.def(
         "quantize_rows",
-        [](Pool &pool, ConstF32 w, int group, Array<const int32_t> levels, Array<uint8_t> codes, F32 fits) {
+        [](Pool &pool, ConstF32 w, int group, Array<const int32_t> levels, Array<uint8_t> codes,
+           Array<uint8_t> exponent, Array<uint8_t> step, Array<uint8_t> zero, Array<uint8_t> shift) {
             nb::gil_scoped_release nogil;
-            const int status = em_quantize_rows(pool.p, w.data(), dim(w, 0), dim(w, 1), group, levels.data(),
-                                                dim(levels, 0), codes.data(), fits.data());
+            const int status =
+                em_quantize_rows(pool.p, w.data(), dim(w, 0), dim(w, 1), group, levels.data(), dim(levels, 0),
+                                 codes.data(), exponent.data(), step.data(), zero.data(), shift.data());
             check(status);
             return status == EM_OK;
         },
         "pool"_a, "w"_a.noconvert(), "group"_a, "levels"_a.noconvert(), "codes"_a.noconvert(),
-        "fits"_a.noconvert());
+        "exponent"_a.noconvert(), "step"_a.noconvert(), "zero"_a.noconvert(), "shift"_a.noconvert());
 
     m.def(
         "pack_rows",
@@ -242,6 +229,26 @@ NB_MODULE(_native, m) {
                          out.data());
         },
         "pool"_a, "codes"_a.noconvert(), "levels"_a.noconvert(), "planes"_a.noconvert());
+
+    m.def("ggml_blocks", [] {
+        nb::dict blocks;
+        for (int i = 0; i < em_ggml_count(); i++) {
+            const em_ggml_type *type = em_ggml_at(i);
+            blocks[type->name] = nb::make_tuple(type->weights, type->bytes);
+        }
+        return blocks;
+    });
+
+    m.def(
+        "dequantize",
+        [](Pool &pool, Array<const uint8_t> data, const std::string &type_name, F32 out) {
+            const em_ggml_type *type = em_ggml_find(type_name.c_str());
+            if (!type) throw nb::key_error(type_name.c_str());
+            nb::gil_scoped_release nogil;
+            em_dequantize(pool.p, type, data.data(), data.size() / static_cast<size_t>(type->bytes),
+                          out.data());
+        },
+        "pool"_a, "data"_a.noconvert(), "type_name"_a, "out"_a.noconvert());
 
     m.def("linear_scratch", &em_linear_scratch, "n"_a, "cols"_a, "group_units"_a);
     m.def("experts_scratch", &em_experts_scratch, "threads"_a, "n"_a, "pairs"_a, "hidden"_a, "intermediate"_a,

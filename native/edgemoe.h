@@ -6,7 +6,9 @@
  *   - float32 dot products run in 16 lanes (element i goes to lane i mod 16), then lanes are summed
  *     as a tree: i with i+8, i with i+4, i with i+2, 0 with 1;
  *   - quantized products: for each group, t = sum over its 32-column units (ascending) of
- *     x_scale * float(integer dot); y = (y + s * t) + o * X with X = sum of x_scale * sum(q);
+ *     x_scale * float(integer dot); y = (y + s * t) + o * X with X = sum of x_scale * sum(q),
+ *     s = step * G, o = step * (((127.5 - G * (2^b - 1) / 2) - zero) + (shift - 8) * 2^(4 - b)),
+ *     G = gain * 2^(8 - b);
  *   - attention sums run over positions in ascending order.
  * Functions return 0, or a negative em_status.
  */
@@ -20,14 +22,17 @@
 extern "C" {
 #endif
 
-enum { EM_LEVELS = 5, EM_ROW_BLOCK = 8, EM_UNIT = 32, EM_MAX_GROUP_UNITS = 8, EM_SCALE_HEAD = 64 };
+enum { EM_LEVELS = 5, EM_ROW_BLOCK = 8, EM_UNIT = 32, EM_MAX_GROUP_UNITS = 8 };
 enum em_status { EM_OK = 0, EM_NO_MEMORY = -1, EM_BAD_WEIGHTS = -2 };
 
-/* A [rows, cols] matrix read at levels[level]: one plane pointer a segment, and the scale block of
- * the last segment in use. */
+/* A [rows, cols] matrix read at levels[level]: one plane pointer a segment, the gains of the last
+ * segment in use, and the exponents and steps of the first. */
 typedef struct {
     const uint8_t *plane[EM_LEVELS];
-    const uint8_t *scale;
+    const uint8_t *gain;     /* float16 [row_blocks * 8] */
+    const uint8_t *exponent; /* [row_blocks * 8] */
+    const uint8_t *step;     /* [row_blocks, groups, 2, 8]: steps, then zeros */
+    const uint8_t *shift;    /* [row_blocks, groups, 4]: 4 bits a row; NULL at 8 bits */
     int level;
     int rows;
     int cols;
@@ -35,6 +40,17 @@ typedef struct {
     int group_units; /* units that share a scale; the last group may be shorter */
     int groups;
 } em_matrix;
+
+/* Matrix of a record whose segments 0 .. level lie at these addresses; offsets + s * stride is where
+ * in segment s its scale block and its plane begin. */
+em_matrix em_matrix_at(const uint64_t *segments, const int64_t *offsets, int stride, int level, int rows,
+                       int cols, int group_units);
+
+/* Code bits at a level. */
+static inline int em_level_bits(int level) {
+    static const int bits[EM_LEVELS] = {2, 3, 4, 6, 8};
+    return bits[level];
+}
 
 /* Quantized activations of n tokens. */
 typedef struct {
@@ -142,14 +158,29 @@ void em_combine(em_pool *p, const float *pair_out, const int32_t *position, cons
 int em_attention(em_pool *p, const float *q, const float *k, const float *v, int n, int heads, int kv_heads,
                  int d, int capacity, int start, int window, float scale, float *out);
 
-/* Weights w [rows, cols] -> 8-bit codes [rows, cols] and, for each level, least-squares scales and
- * offsets of groups of `group` columns: fits [levels, 2, rows, groups]. EM_BAD_WEIGHTS if a weight is
- * NaN or infinite, or a group spans more than 2^127. group is at most 4096. */
+/* Weights w [rows, cols] -> 8-bit codes [rows, cols], exponents [rows], steps and zeros [rows, groups]
+ * of groups of `group` columns, and shifts [levels, rows, groups]. EM_BAD_WEIGHTS if a weight is NaN
+ * or infinite, or a group spans more than 2^127. */
 int em_quantize_rows(em_pool *p, const float *w, int rows, int cols, int group, const int32_t *levels,
-                     int count, uint8_t *codes, float *fits);
+                     int count, uint8_t *codes, uint8_t *exponent, uint8_t *step, uint8_t *zero,
+                     uint8_t *shift);
 /* Codes of whole row blocks -> the bytes they add to the plane of each level (docs/FORMAT.md). */
 void em_pack_rows(em_pool *p, const uint8_t *codes, int rows, int cols, const int32_t *levels, int count,
                   uint8_t *const *planes);
+
+/* A block format of GGML: `bytes` bytes hold `weights` weights. `decode` turns whole blocks, at any
+ * alignment, into float32 [blocks * weights]. */
+typedef struct {
+    const char *name; /* as GGUF files name it: "Q4_K" */
+    int weights, bytes;
+    void (*decode)(const uint8_t *data, size_t blocks, float *out);
+} em_ggml_type;
+
+int em_ggml_count(void);
+const em_ggml_type *em_ggml_at(int i);
+const em_ggml_type *em_ggml_find(const char *name); /* NULL if unknown */
+/* out [blocks * weights] = the blocks at `data`, decoded. */
+void em_dequantize(em_pool *p, const em_ggml_type *type, const uint8_t *data, size_t blocks, float *out);
 
 /* Bytes of pool scratch the operations above need. */
 size_t em_linear_scratch(int n, int cols, int group_units);

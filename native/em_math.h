@@ -41,23 +41,48 @@ static inline float em_expf(float x) {
     return p * two_n;
 }
 
+/* Exact, without a branch, so that loops of it become vectors. NaN becomes a quiet NaN. */
 static inline float em_half_to_float(uint16_t h) {
-    const uint32_t sign = (uint32_t)(h & 0x8000u) << 16;
-    const uint32_t exponent = (h >> 10) & 31u;
-    const uint32_t mantissa = h & 1023u;
-    uint32_t bits;
-    if (exponent == 31) {
-        bits = sign | 0x7f800000u | (mantissa << 13);
-    } else if (exponent) {
-        bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
-    } else {
-        const float f = (float)mantissa * 5.9604644775390625e-8f; /* 2^-24: subnormals are exact */
-        memcpy(&bits, &f, sizeof bits);
-        bits |= sign;
-    }
+    const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = (uint32_t)(h & 0x7fffu) << 13;
+    const uint32_t is_special = -(uint32_t)(magnitude >= 31u << 23),
+                   is_tiny = -(uint32_t)(magnitude < 1u << 23);
+    /* The exponent's bias grows by 112, that of infinity and NaN by as much again. A subnormal gets an
+     * implicit 1 that it does not have, and which is taken away again: 2^-14. */
+    uint32_t bits = magnitude + (112u << 23) + (is_special & 112u << 23) + (is_tiny & 1u << 23);
+    const uint32_t one_bits = is_tiny & 113u << 23;
+    float out, one;
+    memcpy(&out, &bits, sizeof out);
+    memcpy(&one, &one_bits, sizeof one);
+    out -= one;
+    memcpy(&bits, &out, sizeof bits);
+    bits |= sign;
+    memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
+/* Step of a group (docs/FORMAT.md): the row's exponent raises a 4-bit exponent and 4-bit mantissa. */
+static inline float em_step(uint8_t exponent, uint8_t step) {
+    const uint32_t bits = ((uint32_t)exponent << 23) + ((uint32_t)step << 19);
     float out;
     memcpy(&out, &bits, sizeof out);
     return out;
+}
+
+/* The gain of a row at the level of `bits`, as a factor of the step. */
+static inline float em_row_gain(const uint8_t *half, int bits) {
+    uint16_t h;
+    memcpy(&h, half, sizeof h);
+    return em_half_to_float(h) * (float)(1 << (8 - bits));
+}
+
+/* The mean code of a level: (2^bits - 1) / 2. */
+static inline float em_mean_code(int bits) { return (float)((1 << bits) - 1) * 0.5f; }
+
+/* What a shift of 4 bits adds, in steps; none at 8 bits. */
+static inline float em_shift(const uint8_t *shifts, int row, int bits) {
+    if (!shifts) return 0.0f;
+    const int nibble = shifts[row / 2] >> (4 * (row % 2)) & 15;
+    return (float)(nibble - 8) * ((float)(1 << (8 - bits)) * 0.0625f);
 }
 
 /* Sum of 16 lanes in the fixed tree order. */

@@ -9,6 +9,9 @@
  *   f8_round                    to nearest, ties to even
  *   f8_pow2(n)                  2^n of integral n in [-126, 127]
  *   f8_halves(p)                8 float16 -> f8
+ *   i8x_bytes(p)                8 uint8 -> i8x
+ *   f8_steps(e, s)              floats of bits (e << 23) + (s << 19)
+ *   i8x_nibbles(p)              8 fields of 4 bits, minus 8 -> i8x
  *   f8_ints(i8x)                int32 -> float
  *   f8_tree(lo, hi)             sum of 16 lanes in the order of em_tree16
  *   f8_peak(x)                  largest of 8
@@ -76,20 +79,29 @@ INLINE f8 add_unit(f8 t, const codes *c, int level, const int8_t *q, float scale
 
 INLINE void matmul_level(const em_matrix *w, int level, int rb0, int rb1, const em_acts *a,
                          const int32_t *idx, int n, float *out, size_t ld) {
-    float multiplier;
-    memcpy(&multiplier, w->scale, sizeof multiplier);
+    const int bits = em_level_bits(level);
     for (int first = 0; first < n; first += TILE) {
         const int tile = n - first < TILE ? n - first : TILE;
         for (int rb = rb0; rb < rb1; rb++) {
+            const size_t row0 = (size_t)rb * EM_ROW_BLOCK;
+            const i8x exponent = i8x_bytes(w->exponent + row0);
+            const f8 gain = f8_mul(f8_halves(w->gain + 2 * row0), f8_set1((float)(1 << (8 - bits))));
+            const f8 sixteenth = f8_set1((float)(1 << (8 - bits)) * 0.0625f);
+            const f8 middle = f8_sub(f8_set1(127.5f), f8_mul(gain, f8_set1(em_mean_code(bits))));
             f8 y[TILE];
             for (int i = 0; i < tile; i++) y[i] = f8_zero();
             for (int g = 0; g < w->groups; g++) {
                 const int u0 = g * w->group_units;
                 const int u1 = u0 + w->group_units < w->units ? u0 + w->group_units : w->units;
-                const uint8_t *scales = w->scale + EM_SCALE_HEAD +
-                                        ((size_t)rb * (size_t)w->groups + (size_t)g) * 4 * EM_ROW_BLOCK;
-                const f8 s = f8_mul(f8_halves(scales), f8_set1(multiplier));
-                const f8 o = f8_mul(f8_halves(scales + 2 * EM_ROW_BLOCK), f8_set1(multiplier));
+                const uint8_t *steps = w->step + (row0 * (size_t)w->groups + (size_t)g * EM_ROW_BLOCK) * 2;
+                const f8 step = f8_steps(exponent, i8x_bytes(steps));
+                const f8 s = f8_mul(step, gain);
+                f8 from = f8_sub(middle, f8_ints(i8x_bytes(steps + EM_ROW_BLOCK)));
+                if (level < EM_LEVELS - 1) {
+                    const uint8_t *shifts = w->shift + ((size_t)rb * (size_t)w->groups + (size_t)g) * 4;
+                    from = f8_add(from, f8_mul(f8_ints(i8x_nibbles(shifts)), sixteenth));
+                }
+                const f8 o = f8_mul(step, from);
                 codes c[EM_MAX_GROUP_UNITS];
                 if (tile > 1)
                     for (int u = u0; u < u1; u++) unpack(unit_at(w, level, rb, u), level, &c[u - u0]);

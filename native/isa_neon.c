@@ -74,6 +74,25 @@ INLINE f8 f8_halves(const uint8_t *p) {
     const float16x8_t h = vreinterpretq_f16_u8(vld1q_u8(p));
     return (f8){vcvt_f32_f16(vget_low_f16(h)), vcvt_f32_f16(vget_high_f16(h))};
 }
+INLINE i8x i8x_bytes(const uint8_t *p) {
+    const uint16x8_t wide = vmovl_u8(vld1_u8(p));
+    return (i8x){vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide))),
+                 vreinterpretq_s32_u32(vmovl_u16(vget_high_u16(wide)))};
+}
+INLINE i8x i8x_nibbles(const uint8_t *p) {
+    static const int32_t right[8] = {0, -4, -8, -12, -16, -20, -24, -28};
+    uint32_t all;
+    memcpy(&all, p, sizeof all);
+    const uint32x4_t lo = vshlq_u32(vdupq_n_u32(all), vld1q_s32(right));
+    const uint32x4_t hi = vshlq_u32(vdupq_n_u32(all), vld1q_s32(right + 4));
+    const uint32x4_t mask = vdupq_n_u32(15);
+    return (i8x){vsubq_s32(vreinterpretq_s32_u32(vandq_u32(lo, mask)), vdupq_n_s32(8)),
+                 vsubq_s32(vreinterpretq_s32_u32(vandq_u32(hi, mask)), vdupq_n_s32(8))};
+}
+INLINE f8 f8_steps(i8x e, i8x s) {
+    return (f8){vreinterpretq_f32_s32(vaddq_s32(vshlq_n_s32(e.lo, 23), vshlq_n_s32(s.lo, 19))),
+                vreinterpretq_f32_s32(vaddq_s32(vshlq_n_s32(e.hi, 23), vshlq_n_s32(s.hi, 19)))};
+}
 INLINE f8 f8_pow2(f8 n) {
     const int32x4_t bias = vdupq_n_s32(127);
     return (f8){vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n.lo), bias), 23)),

@@ -68,14 +68,16 @@ static void dot_unit(unit_codes code, const int8_t *q, int32_t dots[EM_ROW_BLOCK
 
 /* Scale and offset of the 8 rows of a block in one group. */
 static void group_scales(const em_matrix *w, int rb, int g, float s[EM_ROW_BLOCK], float o[EM_ROW_BLOCK]) {
-    float multiplier;
-    memcpy(&multiplier, w->scale, sizeof multiplier);
-    uint16_t half[2 * EM_ROW_BLOCK];
-    memcpy(half, w->scale + EM_SCALE_HEAD + ((size_t)rb * (size_t)w->groups + (size_t)g) * sizeof half,
-           sizeof half);
+    const int bits = em_level_bits(w->level);
+    const size_t row = (size_t)rb * EM_ROW_BLOCK;
+    const uint8_t *steps = w->step + (row * (size_t)w->groups + (size_t)g * EM_ROW_BLOCK) * 2;
+    const uint8_t *shifts = w->shift ? w->shift + ((size_t)rb * (size_t)w->groups + (size_t)g) * 4 : NULL;
     for (int r = 0; r < EM_ROW_BLOCK; r++) {
-        s[r] = em_half_to_float(half[r]) * multiplier;
-        o[r] = em_half_to_float(half[EM_ROW_BLOCK + r]) * multiplier;
+        const float gain = em_row_gain(w->gain + 2 * (row + (size_t)r), bits);
+        const float step = em_step(w->exponent[row + (size_t)r], steps[r]);
+        s[r] = step * gain;
+        const float middle = (127.5f - gain * em_mean_code(bits)) - (float)steps[EM_ROW_BLOCK + r];
+        o[r] = step * (middle + em_shift(shifts, r, bits));
     }
 }
 

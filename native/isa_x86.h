@@ -37,6 +37,18 @@ INLINE f8 f8_above(f8 x, f8 limit, f8 other) {
 INLINE f8 f8_round(f8 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE f8 f8_halves(const uint8_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 
+INLINE i8x i8x_bytes(const uint8_t *p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
+INLINE i8x i8x_nibbles(const uint8_t *p) {
+    int32_t all;
+    memcpy(&all, p, sizeof all);
+    const __m256i each =
+        _mm256_srlv_epi32(_mm256_set1_epi32(all), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    return _mm256_sub_epi32(_mm256_and_si256(each, _mm256_set1_epi32(15)), _mm256_set1_epi32(8));
+}
+INLINE f8 f8_steps(i8x e, i8x s) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(e, 23), _mm256_slli_epi32(s, 19)));
+}
+
 INLINE f8 f8_pow2(f8 n) {
     const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));

@@ -6,6 +6,26 @@
 #include "em_math.h"
 #include "ops_common.h"
 
+em_matrix em_matrix_at(const uint64_t *segments, const int64_t *offsets, int stride, int level, int rows,
+                       int cols, int group_units) {
+    em_matrix w = {.level = level, .rows = rows, .cols = cols, .group_units = group_units};
+    w.units = em_ceil_div(cols, EM_UNIT);
+    w.groups = em_ceil_div(w.units, group_units);
+    for (int s = 0; s <= level; s++)
+        w.plane[s] = (const uint8_t *)(uintptr_t)segments[s] + offsets[s * stride + 1];
+    const size_t padded_rows = (size_t)em_ceil_div(rows, EM_ROW_BLOCK) * EM_ROW_BLOCK;
+    w.gain = (const uint8_t *)(uintptr_t)segments[level] + offsets[level * stride];
+    w.exponent = (const uint8_t *)(uintptr_t)segments[0] + offsets[0] + em_padded(2 * padded_rows);
+    w.step = w.exponent + em_padded(padded_rows);
+    const size_t groups = padded_rows * (size_t)w.groups;
+    if (level == 0) {
+        w.shift = w.step + em_padded(2 * groups);
+    } else if (level < EM_LEVELS - 1) {
+        w.shift = w.gain + em_padded(2 * padded_rows);
+    }
+    return w;
+}
+
 typedef struct {
     const em_isa *isa;
     const float *x;
@@ -136,29 +156,30 @@ void em_linear_f32(em_pool *p, const float *x, int n, const float *w, int rows, 
 }
 
 void em_decode_rows(const em_matrix *w, const int64_t *ids, int n, float *out) {
-    static const int bits[EM_LEVELS] = {2, 1, 1, 2, 2};
-    float multiplier;
-    memcpy(&multiplier, w->scale, sizeof multiplier);
+    static const int added[EM_LEVELS] = {2, 1, 1, 2, 2};
+    const int bits = em_level_bits(w->level);
     for (int i = 0; i < n; i++) {
         const size_t rb = (size_t)(ids[i] / EM_ROW_BLOCK);
         const int r = (int)(ids[i] % EM_ROW_BLOCK);
+        const uint8_t exponent = w->exponent[ids[i]];
+        const float gain = em_row_gain(w->gain + 2 * ids[i], bits);
+        const float middle = 127.5f - gain * em_mean_code(bits);
         for (int c = 0; c < w->cols; c++) {
             const int u = c / EM_UNIT, t = c % EM_UNIT / 4, j = c % 4;
             const size_t at = rb * (size_t)w->units + (size_t)u;
             int code = 0;
             for (int s = 0; s <= w->level; s++) {
-                const uint8_t *p = w->plane[s] + at * 32 * (size_t)bits[s];
-                code = bits[s] == 1 ? code << 1 | (p[4 * r + j] >> t & 1)
-                                    : code << 2 | (p[32 * (t / 4) + 4 * r + j] >> (2 * (t % 4)) & 3);
+                const uint8_t *p = w->plane[s] + at * 32 * (size_t)added[s];
+                code = added[s] == 1 ? code << 1 | (p[4 * r + j] >> t & 1)
+                                     : code << 2 | (p[32 * (t / 4) + 4 * r + j] >> (2 * (t % 4)) & 3);
             }
-            const uint8_t *scales =
-                w->scale + EM_SCALE_HEAD +
-                (rb * (size_t)w->groups + (size_t)(u / w->group_units)) * 4 * EM_ROW_BLOCK;
-            uint16_t s16, o16;
-            memcpy(&s16, scales + 2 * r, 2);
-            memcpy(&o16, scales + 2 * (EM_ROW_BLOCK + r), 2);
+            const size_t group = rb * (size_t)w->groups + (size_t)(u / w->group_units);
+            const uint8_t *steps = w->step + group * 2 * EM_ROW_BLOCK;
+            const uint8_t *shifts = w->shift ? w->shift + group * EM_ROW_BLOCK / 2 : NULL;
+            const float step = em_step(exponent, steps[r]);
             out[(size_t)i * (size_t)w->cols + (size_t)c] =
-                em_half_to_float(s16) * multiplier * (float)code + em_half_to_float(o16) * multiplier;
+                step * gain * (float)code +
+                step * ((middle - (float)steps[EM_ROW_BLOCK + r]) + em_shift(shifts, r, bits));
         }
     }
 }

@@ -1,16 +1,14 @@
-/* Quantization and packing of weights: a row, or a block of 8 rows, a task.
- *
- * A weight's position t in its group's range, 0 .. 255, is kept in 1/4096 of a step, so that all
- * sums of the least-squares fits are exact integers and any order gives the same bytes. */
+/* Quantization and packing of weights: a row, or a block of 8 rows, a task. */
 #include <math.h>
 #include <string.h>
 
 #include "ops_common.h"
 
-enum { FRACTION = 4096, MAX_GROUP = 4096 };
-
-/* 2^127: wider groups could overflow float32 when s * code is decoded. */
+/* 2^127: wider groups could overflow float32 when they are decoded. */
 #define LARGEST_SPAN 170141183460469231731687303715884105728.0
+
+/* Of a row's exponent: the smallest normal step; its groups span at most 15 octaves above it. */
+enum { SMALLEST_EXPONENT = -126, OCTAVES = 15 };
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define VECTOR_CLONES __attribute__((target_clones("avx2", "default")))
@@ -18,18 +16,15 @@ enum { FRACTION = 4096, MAX_GROUP = 4096 };
 #define VECTOR_CLONES
 #endif
 
-/* Nearest value of 11 significant bits: what float16 keeps of a normal number. */
-static double round_to_stored(double s) {
-    int exponent;
-    const double mantissa = frexp(s, &exponent);
-    return ldexp(rint(mantissa * 2048.0), exponent - 11);
-}
+typedef struct {
+    float low, high; /* the group's range, zero included */
+    int exponent;    /* the smallest storable step at or above span / 255 is */
+    int sixteenths;  /* 2^exponent * (1 + sixteenths / 16) */
+} group_range;
 
-/* Codes of one group and, for each level, (s, o) at fit[level * 2 * stride] and stride further on.
- * Returns 0 if a weight is not finite or the group too wide. */
-VECTOR_CLONES static int quantize_group(const float *w, int n, const int32_t *levels, int count,
-                                        uint8_t *codes, float *fit, size_t stride) {
-    float low = w[0], high = w[0];
+/* 0 if a weight is not finite or the group too wide. */
+VECTOR_CLONES static int find_range(const float *w, int n, group_range *out) {
+    float low = 0, high = 0;
     int bad = 0;
     for (int i = 0; i < n; i++) {
         low = w[i] < low ? w[i] : low;
@@ -38,69 +33,98 @@ VECTOR_CLONES static int quantize_group(const float *w, int n, const int32_t *le
     }
     const double span = (double)high - (double)low;
     if (bad || span > LARGEST_SPAN) return 0;
-    const double inverse = span > 0 ? 255.0 / span : 0.0;
-    int32_t t[MAX_GROUP];
-    int64_t sum_t = 0;
-    for (int i = 0; i < n; i++) {
-        t[i] = (int32_t)rint(((double)w[i] - (double)low) * inverse * FRACTION);
-        codes[i] = (uint8_t)((t[i] + FRACTION / 2) / FRACTION);
-        sum_t += t[i];
-    }
-    const double unit = span / 255.0;
-    const double mean_w = low + unit * ((double)sum_t / FRACTION / n);
-    for (int level = 0; level < count; level++) {
-        const int shift = 8 - levels[level];
-        int64_t sum_tc = 0;
-        int32_t sum_c = 0, sum_cc = 0;
-        for (int i = 0; i < n; i++) {
-            const int32_t c = codes[i] >> shift;
-            sum_c += c;
-            sum_cc += c * c;
-            sum_tc += (int64_t)(t[i] * c);
-        }
-        const int64_t cov = n * sum_tc - sum_t * sum_c;
-        const int64_t var = (int64_t)n * sum_cc - (int64_t)sum_c * sum_c;
-        const double s = var ? round_to_stored((double)cov / ((double)var * FRACTION) * unit) : 0.0;
-        fit[(size_t)level * 2 * stride] = (float)s;
-        fit[((size_t)level * 2 + 1) * stride] = (float)(mean_w - s * ((double)sum_c / n));
-    }
+    int exponent;
+    const int mantissa = (int)ceil(frexp(span / 255.0, &exponent) * 32.0); /* 0, or 16 to 32 */
+    const int carry = mantissa == 32;
+    *out = (group_range){low, high, span > 0 ? exponent - 1 + carry : SMALLEST_EXPONENT,
+                         span > 0 && !carry ? mantissa - 16 : 0};
     return 1;
+}
+
+/* Returns the sum of the weights' positions, in 1/256 so that it is exact. */
+VECTOR_CLONES static int64_t find_codes(const float *w, int n, double inverse, double zero, uint8_t *codes) {
+    int64_t total = 0;
+    for (int i = 0; i < n; i++) {
+        const double p = (double)w[i] * inverse + zero;
+        double code = rint(p), place = rint(p * 256.0);
+        code = code < 0 ? 0 : code;
+        codes[i] = (uint8_t)(int32_t)(code > 255 ? 255 : code);
+        place = place < -256 ? -256 : place;
+        total += (int32_t)(place > 65536 ? 65536 : place);
+    }
+    return total;
+}
+
+/* The mean distance of n positions from the centres of their cells, in sixteenths of a cell, plus 8. */
+VECTOR_CLONES static uint8_t find_shift(const uint8_t *codes, int n, int64_t total, int bits) {
+    const int cell = 1 << (8 - bits);
+    int64_t kept = 0;
+    for (int i = 0; i < n; i++) kept += codes[i] & -cell;
+    const int64_t centre = kept * 256 + (int64_t)n * (cell - 1) * 128;
+    const double mean = rint((double)(total - centre) / ((double)n * cell * 16.0)) + 8;
+    return (uint8_t)(mean < 0 ? 0 : mean > 15 ? 15 : mean);
 }
 
 typedef struct {
     const float *w;
     int rows, cols, group, groups, levels;
     const int32_t *level;
-    uint8_t *codes;
-    float *fits;
-    int *bad_row; /* [rows] */
+    uint8_t *codes, *exponent, *step, *zero, *shift;
+    group_range *range; /* [threads, groups] */
+    int *bad_row;       /* [rows] */
 } quantize_ctx;
 
 static void quantize_task(void *raw, int row, int worker) {
-    (void)worker;
     const quantize_ctx *c = raw;
-    const size_t stride = (size_t)c->rows * (size_t)c->groups;
+    const float *w = c->w + (size_t)row * (size_t)c->cols;
+    group_range *range = c->range + (size_t)worker * (size_t)c->groups;
+    int largest = SMALLEST_EXPONENT;
     for (int g = 0; g < c->groups; g++) {
-        const size_t first = (size_t)row * (size_t)c->cols + (size_t)g * (size_t)c->group;
-        const int left = c->cols - g * c->group;
-        float *fit = c->fits + (size_t)row * (size_t)c->groups + (size_t)g;
-        if (!quantize_group(c->w + first, left < c->group ? left : c->group, c->level, c->levels,
-                            c->codes + first, fit, stride))
+        const int first = g * c->group, left = c->cols - first;
+        if (!find_range(w + first, left < c->group ? left : c->group, &range[g])) {
             c->bad_row[row] = 1;
+            return;
+        }
+        largest = range[g].exponent > largest ? range[g].exponent : largest;
+    }
+    const int base = largest - OCTAVES > SMALLEST_EXPONENT ? largest - OCTAVES : SMALLEST_EXPONENT;
+    c->exponent[row] = (uint8_t)(base + 127);
+    for (int g = 0; g < c->groups; g++) {
+        const group_range *r = &range[g];
+        const int below = r->exponent < base, sixteenths = below ? 0 : r->sixteenths;
+        const int octave = below ? 0 : r->exponent - base;
+        const double step = ldexp(1.0 + sixteenths / 16.0, base + octave), inverse = 1.0 / step;
+        double zero = rint(127.5 - ((double)r->low + (double)r->high) * 0.5 * inverse);
+        zero = zero < 0 ? 0 : zero > 255 ? 255 : zero;
+        const size_t at = (size_t)row * (size_t)c->groups + (size_t)g;
+        c->step[at] = (uint8_t)(octave * 16 + sixteenths);
+        c->zero[at] = (uint8_t)zero;
+        const int first = g * c->group, left = c->cols - first, n = left < c->group ? left : c->group;
+        uint8_t *codes = c->codes + (size_t)row * (size_t)c->cols + first;
+        const int64_t total = find_codes(w + first, n, inverse, zero, codes);
+        for (int i = 0; i < c->levels; i++)
+            c->shift[(size_t)i * (size_t)c->rows * (size_t)c->groups + at] =
+                c->level[i] < 8 ? find_shift(codes, n, total, c->level[i]) : 8;
     }
 }
 
 int em_quantize_rows(em_pool *p, const float *w, int rows, int cols, int group, const int32_t *levels,
-                     int count, uint8_t *codes, float *fits) {
+                     int count, uint8_t *codes, uint8_t *exponent, uint8_t *step, uint8_t *zero,
+                     uint8_t *shift) {
+    const int groups = em_ceil_div(cols, group);
+    const size_t ranges = em_padded((size_t)em_pool_threads(p) * (size_t)groups * sizeof(group_range));
     em_pool_lock(p);
-    int *bad_row = em_pool_scratch(p, (size_t)rows * sizeof(int));
-    if (!bad_row) {
+    em_carver c = {em_pool_scratch(p, ranges + em_padded((size_t)rows * sizeof(int)))};
+    if (!c.at) {
         em_pool_unlock(p);
         return EM_NO_MEMORY;
     }
+    group_range *range = em_carve(&c, ranges);
+    int *bad_row = em_carve(&c, (size_t)rows * sizeof(int));
     memset(bad_row, 0, (size_t)rows * sizeof(int));
-    quantize_ctx c = {w, rows, cols, group, em_ceil_div(cols, group), count, levels, codes, fits, bad_row};
-    em_pool_run(p, quantize_task, &c, rows);
+    quantize_ctx ctx = {w,     rows,     cols, group, groups, count, levels,
+                        codes, exponent, step, zero,  shift,  range, bad_row};
+    em_pool_run(p, quantize_task, &ctx, rows);
     int status = EM_OK;
     for (int r = 0; r < rows; r++)
         if (bad_row[r]) status = EM_BAD_WEIGHTS;

@@ -7,7 +7,24 @@ import numpy as np
 from edgemoe.layout import RecordLayout
 from edgemoe.mwq import packing
 from edgemoe.reference import CodedMatrix
-from edgemoe.types import U8
+from edgemoe.types import U8, NestedScales
+
+
+def random_scales(rows: int, groups: int, levels: int, rng: np.random.Generator) -> NestedScales:
+    """Every byte a step or zero can have, exponents around those of weights, gains around 1.
+
+    The last level has no shift: it is that of 8 bits.
+    """
+    gain = rng.uniform(0.5, 1.5, (levels, rows)).astype(np.float16).astype(np.float32)
+    shift = rng.integers(0, 16, (levels, rows, groups)).astype(np.uint8)
+    shift[-1] = 8
+    return NestedScales(
+        rng.integers(98, 104, rows).astype(np.uint8),
+        rng.integers(0, 256, (rows, groups)).astype(np.uint8),
+        rng.integers(0, 256, (rows, groups)).astype(np.uint8),
+        gain,
+        shift,
+    )
 
 
 def random_record(
@@ -26,19 +43,13 @@ def random_record(
         if fill == "edges":
             code = np.where(code > 127, 255, 0).astype(np.uint8)
         codes.append(code)
-        per_level = []
-        for bits in layout.quant.levels:
-            s = rng.uniform(0.5, 1.5, (m.rows, m.groups)) * 2.0**-bits
-            o = rng.uniform(-0.6, -0.4, (m.rows, m.groups))
-            per_level.append((s.astype(np.float32), o.astype(np.float32)))
-        scales.append(per_level)
+        scales.append(random_scales(m.rows, m.groups, len(layout.quant.levels), rng))
     segments = packing.pack_record(layout, codes, scales)
     coded = []
     for i, bits in enumerate(layout.quant.levels):
         at_level = []
-        for m, mat in enumerate(layout.matrices):
-            first = int(layout.part_offsets[i, m, 0])
-            s, o = packing.unpack_scales(mat, segments[i][first : first + mat.scale_bytes])
+        for m in range(len(layout.matrices)):
+            s, o = packing.affine(packing.read_scales(layout, segments, i, m), bits, i)
             at_level.append(CodedMatrix(codes[m] >> (8 - bits), s, o, layout.quant.group_size))
         coded.append(at_level)
     return segments, coded

@@ -42,7 +42,7 @@ TINY = ModelConfig(
 )
 """Layer 1 is dense, so that layer numbers and expert ordinals differ."""
 
-WIDE = replace(TINY, hidden_size=1024, moe_intermediate_size=560, num_experts=2)
+WIDE = replace(TINY, hidden_size=1024, moe_intermediate_size=690, num_experts=2)
 """Experts whose segments are large enough for 4096-byte alignment."""
 
 
@@ -101,7 +101,7 @@ def checksum(data: bytes) -> int:
 
 
 def superblock(
-    raw: bytes, offset: int, *, generation: int = 1, length: int | None = None, version: int = 1
+    raw: bytes, offset: int, *, generation: int = 1, length: int | None = None, version: int = 2
 ) -> bytes:
     """A superblock that points to header bytes `raw`; packed here by hand from docs/FORMAT.md."""
     total = offset + len(raw) if length is None else length

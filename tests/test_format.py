@@ -1,6 +1,6 @@
 """A second reader of stores, written from docs/FORMAT.md alone: pure Python, nothing of edgemoe.
 
-If this file has to change, format version 1 has changed.
+If this file has to change, format version 2 has changed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from convert_samples import make_checkpoint
 
+from edgemoe.errors import UsageError
 from edgemoe.mwq.convert import convert
 from edgemoe.mwq.packing import decode
 from edgemoe.store import Store, replace_section
-from edgemoe.types import U8
+from edgemoe.types import LEVELS, U8
 
 
 def make_crc_table() -> list[int]:
@@ -59,6 +60,7 @@ class SecondReader:
         self.model, self.quant = self.header["model"], self.header["quant"]
         self.levels, self.group = self.quant["levels"], self.quant["group_size"]
         self.added = [b - a for a, b in zip([0, *self.levels], self.levels, strict=False)]
+        self.held = self.levels.index(self.quant["max_level"]) + 1
         table = self.header["crc_table"]
         raw = self.part(table["offset"], table["size"], table["crc32c"])
         self.crcs = list(struct.unpack(f"<{len(raw) // 4}I", raw))
@@ -70,7 +72,7 @@ class SecondReader:
         magic, version, header_crc, generation, header_at, header_length, length = fields
         if magic != b"EDGEMOE\0" or crc32c(block[:4092]) != struct.unpack("<I", block[4092:])[0]:
             return None
-        assert version == 1
+        assert version == 2
         return generation, length, header_at, header_length, header_crc
 
     def part(self, offset: int, size: int, crc: int) -> bytes:
@@ -81,15 +83,21 @@ class SecondReader:
     def shapes_of(self, rows: int, cols: int) -> tuple[int, int, int]:
         return math.ceil(rows / 8), math.ceil(cols / 32), math.ceil(cols / self.group)
 
-    def parts_of(self, shapes: list[tuple[int, int]]) -> list[tuple[int, list[int], list[int]]]:
-        """(size, offsets of scale blocks, offsets of planes) of each segment."""
+    def parts_of(
+        self, shapes: list[tuple[int, int]], levels: int
+    ) -> list[tuple[int, list[int], list[int]]]:
+        """(size, offsets of scale blocks, offsets of planes) of the first segments."""
         out = []
-        for bits in self.added:
+        for i, bits in enumerate(self.added[:levels]):
             at, scales, planes = 0, [], []
             for shape in shapes:
                 blocks, _, groups = self.shapes_of(*shape)
                 scales.append(at)
-                at += up(64 + blocks * groups * 32, 64)
+                at += up(16 * blocks, 64)
+                if i == 0:
+                    at += up(8 * blocks, 64) + up(16 * blocks * groups, 64)
+                if self.levels[i] < 8:
+                    at += up(4 * blocks * groups, 64)
             for shape in shapes:
                 blocks, units, _ = self.shapes_of(*shape)
                 planes.append(at)
@@ -97,13 +105,17 @@ class SecondReader:
             out.append((at, scales, planes))
         return out
 
-    def check_segments(self, shapes: list[tuple[int, int]], entry: dict[str, Any]) -> int:
+    def check_segments(
+        self, shapes: list[tuple[int, int]], entry: dict[str, Any], levels: int
+    ) -> int:
         """Compare the header's segments with the rules; returns the stride."""
-        sizes = [size for size, _, _ in self.parts_of(shapes)]
+        sizes = [size for size, _, _ in self.parts_of(shapes, levels)]
         alignment = 4096 if min(sizes) >= 262_144 else 64
         assert entry["alignment"] == alignment
         at = 0
-        for level, size, segment in zip(self.levels, sizes, entry["segments"], strict=True):
+        for level, size, segment in zip(
+            self.levels[:levels], sizes, entry["segments"], strict=True
+        ):
             assert segment == {"level": level, "offset": at, "size": size}
             at += up(size, alignment)
         return at
@@ -118,7 +130,7 @@ class SecondReader:
 
     def check_coverage(self, header_at: int, header_length: int) -> None:
         experts = self.header["experts"]
-        assert self.check_segments(self.expert_shapes(), experts) == experts["stride"]
+        assert self.check_segments(self.expert_shapes(), experts, self.held) == experts["stride"]
         count = len(self.moe_layers()) * self.model["num_experts"]
         parts = [(0, 8192, 4096), (header_at, header_length, 64)]
         parts.append((experts["offset"], count * experts["stride"], experts["alignment"]))
@@ -127,7 +139,7 @@ class SecondReader:
                 assert t["size"] == 4 * math.prod(t["shape"])
                 parts.append((t["offset"], t["size"], 64))
             else:
-                self.check_segments([tuple(t["shape"])], t)
+                self.check_segments([tuple(t["shape"])], t, len(self.levels))
                 last = t["segments"][-1]
                 parts.append((t["offset"], last["offset"] + last["size"], t["alignment"]))
         for s in [self.header["crc_table"], *self.header["sections"]]:
@@ -146,10 +158,14 @@ class SecondReader:
         """Weights of matrix m at the level of the last of these segments."""
         rows, cols = shapes[m]
         _, units, groups = self.shapes_of(rows, cols)
-        parts = self.parts_of(shapes)
-        scale_at = parts[len(segments) - 1][1][m]
-        last = segments[-1]
-        (multiplier,) = struct.unpack_from("<f", last, scale_at)
+        parts = self.parts_of(shapes, len(segments))
+        bits, blocks = self.levels[len(segments) - 1], math.ceil(rows / 8)
+        gains = segments[-1][parts[-1][1][m] :]
+        exponents = segments[0][parts[0][1][m] + up(16 * blocks, 64) :]
+        steps = exponents[up(8 * blocks, 64) :]
+        shifts = gains[up(16 * blocks, 64) :]
+        if len(segments) == 1:
+            shifts = steps[up(16 * blocks * groups, 64) :]
         out = []
         for r in range(rows):
             row = []
@@ -165,12 +181,16 @@ class SecondReader:
                     else:
                         byte = segment[plane + cell * 64 + 32 * (t // 4) + 4 * lane + j]
                         code = code << 2 | byte >> 2 * (t % 4) & 3
-                at = scale_at + 64 + (r // 8 * groups + c // self.group) * 32 + 2 * lane
-                (s,), (o,) = (
-                    struct.unpack_from("<e", last, at),
-                    struct.unpack_from("<e", last, at + 16),
-                )
-                row.append(s * multiplier * code + o * multiplier)
+                at = (r // 8 * groups + c // self.group) * 16 + lane
+                u, zero = steps[at], steps[at + 8]
+                step = 2.0 ** (exponents[r] - 127 + u // 16) * (1 + u % 16 / 16)
+                (gain,) = struct.unpack_from("<e", gains, 2 * r)
+                shift = 8
+                if bits < 8:
+                    pair = shifts[(r // 8 * groups + c // self.group) * 4 + lane // 2]
+                    shift = pair >> 4 * (lane % 2) & 15
+                cells = gain * (code - (2**bits - 1) / 2) + (shift - 8) / 16
+                row.append(step * (2 ** (8 - bits) * cells + 127.5 - zero))
             out.append(row)
         return out
 
@@ -179,13 +199,13 @@ class SecondReader:
         index = self.moe_layers().index(layer) * self.model["num_experts"] + expert
         base = e["offset"] + index * e["stride"]
         segments = [
-            self.part(base + s["offset"], s["size"], self.crcs[index * len(self.levels) + i])
+            self.part(base + s["offset"], s["size"], self.crcs[index * self.held + i])
             for i, s in enumerate(e["segments"][:levels])
         ]
         return [self.matrix(self.expert_shapes(), m, segments) for m in range(3)]
 
     def tensor(self, name: str, levels: int) -> list[list[float]]:
-        at = len(self.moe_layers()) * self.model["num_experts"] * len(self.levels)
+        at = len(self.moe_layers()) * self.model["num_experts"] * self.held
         for t in self.header["tensors"]:
             if t["name"] != name:
                 at += len(self.levels) if t["kind"] == "nested" else 1
@@ -204,11 +224,15 @@ class SecondReader:
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("format")
-    source = make_checkpoint(directory / "src", hidden_size=140, moe_intermediate_size=36)
-    convert(source.path, directory / "m.emoe")
-    return directory / "m.emoe"
+    return make_checkpoint(directory / "src", hidden_size=140, moe_intermediate_size=36).path
+
+
+@pytest.fixture(scope="module")
+def stored(source: Path) -> Path:
+    convert(source, source.parent / "m.emoe")
+    return source.parent / "m.emoe"
 
 
 def read(store: Store, refs: list[Any]) -> list[U8]:
@@ -242,6 +266,25 @@ def test_both_readers_see_the_same_weights(stored: Path, levels: int) -> None:
         for name in ("norm", "layers.2.router", "layers.1.k_norm"):
             got = np.array(second.tensor(name, levels), np.float32)
             np.testing.assert_array_equal(store.read_f32(name).reshape(got.shape), got)
+
+
+@pytest.mark.parametrize("max_level", [4, 6])
+def test_a_store_without_its_upper_segments(stored: Path, source: Path, max_level: int) -> None:
+    small = source.parent / f"{max_level}.emoe"
+    convert(source, small, max_level=max_level)
+    whole, cut = SecondReader(stored.read_bytes()), SecondReader(small.read_bytes())
+    assert cut.held == LEVELS.index(max_level) + 1 and len(cut.data) < len(whole.data)
+    for levels in range(1, cut.held + 1):
+        assert cut.expert(2, 1, levels) == whole.expert(2, 1, levels)
+    assert cut.tensor("lm_head", 5) == whole.tensor("lm_head", 5)
+    with Store.open(small) as store:
+        refs = [store.expert_segment(2, 1, i) for i in range(cut.held)]
+        first = decode(store.expert_layout, read(store, refs), cut.held - 1)
+        for a, b in zip(first, cut.expert(2, 1, cut.held), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+        with pytest.raises(UsageError, match="no segment"):
+            store.expert_segment(2, 1, cut.held)
+        assert store.verify() == []
 
 
 def test_a_store_with_replaced_sections_still_follows_the_rules(stored: Path) -> None:

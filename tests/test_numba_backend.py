@@ -226,19 +226,23 @@ def test_decode_rows(same: Same, group: int) -> None:
     same(lambda _: [kernels.decode_rows(NestedMatrix.of(layout, s), ids) for s in every])
 
 
-def test_every_float16_scale(same: Same) -> None:
-    """Subnormal, infinite and negative halves decode as the native core decodes them."""
-    layout = dense_layout(8 * 64, 32 * 128, QuantSpec(group_size=32))
+def test_every_gain_exponent_and_step(same: Same) -> None:
+    """Subnormal, infinite and negative gains, and every step, as the native core decodes them."""
+    layout = dense_layout(1 << 16, 32, QuantSpec(group_size=32))
     segments, _ = random_record(layout, np.random.default_rng(0))
-    first = int(layout.part_offsets[0, 0, 0])
-    block = segments[0][first : first + layout.matrices[0].scale_bytes]
-    block[:64].view(np.float32)[0] = 0.37
+    matrix = layout.matrices[0]
+    block = segments[0][int(layout.part_offsets[0, 0, 0]) :]
     every = np.arange(1 << 16, dtype=np.uint16)
-    halves = block[64:].view(np.uint16)
-    halves[:] = np.resize(every[~np.isnan(every.view(np.float16))], halves.size)
+    block[: 1 << 17].view(np.uint16)[:] = np.where(np.isnan(every.view(np.float16)), 0, every)
+    assert matrix.gain_bytes == 1 << 17
+    at = matrix.gain_bytes
+    block[at : at + (1 << 16)] = np.resize(np.arange(1, 240, dtype=np.uint8), 1 << 16)
+    at += matrix.exponent_bytes
+    block[at : at + (1 << 17)] = np.resize(np.arange(256, dtype=np.uint8), 1 << 17)
 
     def case(_: Pool) -> list[np.ndarray]:
-        rows = kernels.decode_rows(NestedMatrix.of(layout, segments[:1]), np.arange(8 * 64))
+        with np.errstate(all="ignore"):
+            rows = kernels.decode_rows(NestedMatrix.of(layout, segments[:1]), np.arange(1 << 16))
         return [np.where(np.isnan(rows), np.float32(0), rows)]  # inf - inf: any NaN will do
 
     same(case)
@@ -254,8 +258,9 @@ def test_conversion(same: Same) -> None:
         w[2, ::9] *= 1e4
 
         def case(pool: Pool, w: np.ndarray = w, quant: QuantSpec = quant) -> list[np.ndarray]:
-            codes, fits = kernels.quantize_rows(pool, w, quant)
-            return [codes, fits, *kernels.pack_rows(pool, codes, quant.levels)]
+            codes, scales = kernels.quantize_rows(pool, w, quant)
+            parts = [scales.exponent, scales.step, scales.zero, scales.shift]
+            return [codes, *parts, *kernels.pack_rows(pool, codes, quant.levels)]
 
         same(case)
 

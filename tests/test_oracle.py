@@ -85,10 +85,10 @@ def test_quantized_store_follows_the_oracle(tmp_path: Path, name: str) -> None:
     for bits in (8, 6, 4, 3, 2):
         with edgemoe.load(tmp_path / "m.emoe", bits=bits, dense_bits=8, ctx_size=64) as m:
             got = m.forward(ids, [Span(m.new_cache(), 64)], range(64))
-        # random weights route near ties: the median token is not one whose experts flipped
+        # Random weights route near ties: in up to half the tokens, here or before, experts flip.
         distance = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
-        errors.append(float(np.median(distance)))
-    assert errors[0] < 0.06, errors
+        errors.append(float(np.quantile(distance, 0.25)))
+    assert errors[0] < 0.05, errors
     assert errors == sorted(errors), "fewer bits must not be closer to the oracle"
 
 

@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from coded import random_scales
 
 from edgemoe import kernels, reference
 from edgemoe.errors import StoreError, UsageError
 from edgemoe.layout import RecordLayout, dense_layout, expert_layout, record_layout
 from edgemoe.mwq import packing
-from edgemoe.mwq.packing import LevelScales, decode, pack_record, unpack_codes
-from edgemoe.types import LEVELS, U8, QuantSpec
+from edgemoe.mwq.packing import decode, pack_record, unpack_codes
+from edgemoe.types import LEVELS, U8, NestedScales, QuantSpec
 
 SHAPES = [(1, 1), (8, 32), (9, 33), (13, 70), (16, 128), (7, 129), (40, 704), (3, 1408)]
 LADDERS = [LEVELS, (2, 4, 6, 8), (1, 2, 3, 4, 5, 6, 7, 8)]
 
 
-def random_parts(layout: RecordLayout, seed: int = 0) -> tuple[list[U8], list[list[LevelScales]]]:
+def random_parts(layout: RecordLayout, seed: int = 0) -> tuple[list[U8], list[NestedScales]]:
     rng = np.random.default_rng(seed)
     codes = [rng.integers(0, 256, (m.rows, m.cols), np.uint8) for m in layout.matrices]
-    scales = [
-        [
-            (
-                rng.standard_normal((m.rows, m.groups), np.float32),
-                rng.standard_normal((m.rows, m.groups), np.float32),
-            )
-            for _ in layout.quant.levels
-        ]
-        for m in layout.matrices
-    ]
-    return codes, scales
+    levels = len(layout.quant.levels)
+    return codes, [random_scales(m.rows, m.groups, levels, rng) for m in layout.matrices]
 
 
 def plane_by_loop(codes: U8, shift: int, bits: int) -> bytes:
@@ -78,58 +71,85 @@ def test_codes_come_back_at_every_level(shape: tuple[int, int]) -> None:
 
 def test_scale_block_byte_by_byte() -> None:
     layout = dense_layout(11, 300, QuantSpec())
-    codes, scales = random_parts(layout)
-    segments = pack_record(layout, codes, scales)
-    for i, (s, o) in enumerate(scales[0]):
+    codes, (scales,) = random_parts(layout)
+    segments = pack_record(layout, codes, [scales])
+    for i in range(5):
         block = segments[i].tobytes()
-        (multiplier,) = struct.unpack_from("<f", block)
-        assert np.frexp(multiplier)[0] == 0.5, "a power of two"
-        assert not any(block[4:64])
         for row in range(16):
+            (gain,) = struct.unpack_from("<e", block, 2 * row)
+            assert gain == (scales.gain[i, row] if row < 11 else 0)
+        assert not any(block[32:64])
+        shifts_at = 256 if i == 0 else 64
+        end = int(layout.part_offsets[i, 0, 1])
+        assert end == shifts_at + (64 if i < 4 else 0)
+        for row in range(16 if i < 4 else 0):
             for group in range(3):
-                at = 64 + ((row // 8) * 3 + group) * 32 + 2 * (row % 8)
-                (got_s,), (got_o,) = (struct.unpack_from("<e", block, at + k) for k in (0, 16))
-                if row >= 11:
-                    assert (got_s, got_o) == (0, 0)
-                    continue
-                assert got_s * multiplier == pytest.approx(s[row, group], rel=2**-11)
-                assert got_o * multiplier == pytest.approx(o[row, group], rel=2**-11)
+                byte = block[shifts_at + ((row // 8) * 3 + group) * 4 + row % 8 // 2]
+                nibble = byte >> 4 if row % 2 else byte & 15
+                assert nibble == (scales.shift[i, row, group] if row < 11 else 0)
+        assert not any(block[shifts_at + 2 * 3 * 4 : end])
+    block = segments[0].tobytes()
+    assert list(block[64:75]) == list(scales.exponent)
+    assert list(block[75:128]) == [1] * 5 + [0] * 48
+    for row in range(16):
+        for group in range(3):
+            at = 128 + ((row // 8) * 3 + group) * 16 + row % 8
+            want = (scales.step[row, group], scales.zero[row, group]) if row < 11 else (0, 0)
+            assert (block[at], block[at + 8]) == want
+    assert not any(block[128 + 2 * 3 * 16 : 256])
 
 
-@pytest.mark.parametrize("peak", [0.0, 1e-45, 1e-39, 1e-20, 1.0, 65504.0, 1e5, 3e38])
-def test_scales_of_any_size_survive(peak: float) -> None:
-    layout = dense_layout(8, 256, QuantSpec())
-    s = np.full((8, 2), peak, np.float32)
-    o = np.full((8, 2), -peak / 100, np.float32)
-    block = packing.pack_scales(layout.matrices[0], s, o)
-    got_s, got_o = packing.unpack_scales(layout.matrices[0], block)
-    np.testing.assert_allclose(got_s, s, rtol=2**-11, atol=2e-45)
-    np.testing.assert_allclose(got_o, o, rtol=2**-11, atol=2e-45)
+@pytest.mark.parametrize("exponent", [1, 100, 239])
+def test_steps_are_what_the_format_says(exponent: int) -> None:
+    every = np.arange(256, dtype=np.uint8)[None]
+    no_shift = np.full((5, 1, 256), 8, np.uint8)
+    gain = np.ones((5, 1), np.float32)
+    scales = NestedScales(
+        np.array([exponent], np.uint8), every, np.zeros_like(every), gain, no_shift
+    )
+    s, o = packing.affine(scales, 8, 4)
+    for u in range(256):
+        want = 2.0 ** (exponent - 127) * (1 + u % 16 / 16) * 2.0 ** (u // 16)
+        assert (s[0, u], o[0, u]) == (want, 0)
 
 
-def test_infinite_scales_are_refused() -> None:
-    matrix = dense_layout(8, 32, QuantSpec()).matrices[0]
-    s = np.zeros((8, 1), np.float32)
-    with pytest.raises(UsageError, match="finite"):
-        packing.pack_scales(matrix, s, s + np.float32(np.inf))
+def test_what_no_store_can_hold_is_refused() -> None:
+    layout = dense_layout(8, 32, QuantSpec())
+    sound = random_scales(8, 1, 5, np.random.default_rng(0))
+    packing.pack_scales(layout, 0, 0, sound)
+    for exponent in (0, 240):
+        wrong = replace(sound, exponent=np.full(8, exponent, np.uint8))
+        with pytest.raises(UsageError, match="exponents must be"):
+            packing.pack_scales(layout, 0, 0, wrong)
+    for gain in (np.inf, np.nan, 7e4):
+        wrong = replace(sound, gain=np.full((5, 8), gain, np.float32))
+        with pytest.raises(UsageError, match="gains must be"):
+            packing.pack_scales(layout, 0, 0, wrong)
+    for level, shift in ((0, 16), (4, 7)):
+        changed = sound.shift.copy()
+        changed[level] = shift
+        with pytest.raises(UsageError, match="shifts must be"):
+            packing.pack_scales(layout, 0, 0, replace(sound, shift=changed))
 
 
-def test_decode_uses_the_scales_of_the_last_segment_only() -> None:
+def test_decode_uses_the_steps_of_the_first_and_the_gains_of_the_last_segment() -> None:
     layout = expert_layout(70, 40, QuantSpec())
     codes, scales = random_parts(layout)
     segments = pack_record(layout, codes, scales)
     for i, level in enumerate(LEVELS):
-        blocks = layout.part_offsets[i, :, 0]
-        for m, (matrix, got) in enumerate(
-            zip(layout.matrices, decode(layout, segments, i), strict=True)
-        ):
-            s, o = packing.unpack_scales(matrix, segments[i][int(blocks[m]) :])
-            group = np.arange(matrix.cols) // 128
-            want = s[:, group] * (codes[m] >> (8 - level)) + o[:, group]
-            np.testing.assert_array_equal(got, want)
+        for m, got in enumerate(decode(layout, segments, i)):
+            sc = scales[m]
+            group = np.arange(layout.matrices[m].cols) // 128
+            step = 2.0 ** (sc.exponent[:, None].astype(float) - 127 + sc.step // 16)
+            step = (step * (1 + sc.step % 16 / 16))[:, group]
+            c = (codes[m] >> (8 - level)).astype(np.float64)
+            centred = sc.gain[i][:, None] * (c - (2**level - 1) / 2)
+            shifted = centred + (sc.shift[i][:, group].astype(float) - 8) / 16
+            want = step * (2.0 ** (8 - level) * shifted + 127.5 - sc.zero[:, group].astype(float))
+            np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-4 * step.max())
     want_last = decode(layout, segments, 4)
-    for lower in segments[:4]:
-        lower[: int(layout.part_offsets[0, 0, 1])] = 255
+    for lower in segments[1:4]:
+        lower[: int(layout.part_offsets[1, 0, 1])] = 255
     for got, want in zip(decode(layout, segments, 4), want_last, strict=True):
         np.testing.assert_array_equal(got, want)
 
@@ -168,13 +188,16 @@ def test_native_packing_equals_its_twin(levels: tuple[int, ...], shape: tuple[in
 
 
 def test_bytes_are_pinned() -> None:
-    """Format version 1: these bytes may never change."""
+    """Format version 2: these bytes may never change."""
     layout = dense_layout(13, 200, QuantSpec())
     codes = [(np.arange(13 * 200, dtype=np.uint32) * 151 % 256).astype(np.uint8).reshape(13, 200)]
-    grid = np.arange(26, dtype=np.float32).reshape(13, 2)
-    scales = [[(grid * 2.0**-level, grid - 7) for level in LEVELS]]
+    grid = np.arange(26, dtype=np.uint8).reshape(13, 2)
+    gain = np.arange(65, dtype=np.float32).reshape(5, 13) / 64
+    shift = np.tile(grid % 16, (5, 1, 1))
+    shift[4] = 8
+    scales = [NestedScales(grid[:, 0] + 90, grid * 9, 255 - grid, gain, shift)]
     digest = hashlib.sha256(b"".join(s.tobytes() for s in pack_record(layout, codes, scales)))
-    assert digest.hexdigest() == "fff21fca7cee2d27769f5f612a4ae541ba801c9d174b7a773424a0c1c56d6c69"
+    assert digest.hexdigest() == "bea283ae2e122637841639d975f3bd2cf16f4c6a52e95b3b5606f42a6a10b4a4"
 
 
 def test_what_does_not_fit_the_layout_is_refused() -> None:
@@ -185,9 +208,9 @@ def test_what_does_not_fit_the_layout_is_refused() -> None:
     with pytest.raises(UsageError, match="codes must be uint8"):
         pack_record(layout, [codes[0].astype(np.int8)], scales)
     with pytest.raises(UsageError, match="5 levels"):
-        pack_record(layout, codes, [scales[0][:4]])
-    with pytest.raises(UsageError, match="scales are"):
-        pack_record(layout, codes, [[(s[:4], o) for s, o in scales[0]]])
+        pack_record(layout, codes, [replace(scales[0], gain=scales[0].gain[:4])])
+    with pytest.raises(UsageError, match="exponent, step, zero, gain, shift are"):
+        pack_record(layout, codes, [replace(scales[0], step=scales[0].step[:4])])
     segments = pack_record(layout, codes, scales)
     segments[1] = segments[1][:-1]
     with pytest.raises(StoreError, match="do not fit"):

@@ -97,7 +97,7 @@ def test_superblock_as_documented(sample: Sample) -> None:
         int.from_bytes(a[i : i + n], "little")
         for i, n in ((8, 4), (12, 4), (16, 8), (24, 8), (32, 8), (40, 8))
     ]
-    assert fields == [1, checksum(raw), 1, offset, len(raw), len(data)]
+    assert fields == [2, checksum(raw), 1, offset, len(raw), len(data)]
     assert not any(a[48:4092])
     assert int.from_bytes(a[4092:], "little") == checksum(a[:4092])
     assert list(json.loads(raw)) == [
@@ -126,7 +126,7 @@ def test_pieces_make_the_same_file_as_segments(tmp_path: Path) -> None:
             record = w.open_expert(layer, expert)
             for i, data in enumerate(segments):
                 parts = sorted(int(at) for at in record.layout.part_offsets[i].reshape(-1))
-                sizes = [m.scale_bytes for m in record.layout.matrices]
+                sizes = [record.layout.scale_parts(i, m)["end"] for m in range(3)]
                 sizes += [
                     m.plane_bytes(record.layout.added_bits(i)) for m in record.layout.matrices
                 ]

@@ -61,8 +61,8 @@ def edit(where: str, value: Any) -> Callable[[Any], None]:
 HUGE = 1 << 61
 FIELDS: list[tuple[str, Any, str]] = [
     ("format", "other", "not an edgemoe-store header"),
-    ("version", 2, "not an edgemoe-store header"),
-    ("version", True, "version is True"),
+    ("version", 1, "not an edgemoe-store header"),
+    ("version", 2.0, "version is 2.0"),
     ("extra", 1, "unknown key extra"),
     ("model.extra", 1, "model has an unknown key extra"),
     ("quant.extra", 1, "quant has an unknown key extra"),
@@ -101,7 +101,7 @@ FIELDS: list[tuple[str, Any, str]] = [
     ("quant.group_size", 0, "group_size is 0"),
     ("quant.group_size", 32, "must be"),
     ("quant.group_size", 128.0, "group_size"),
-    ("quant.scale_encoding", "f32", "scale_encoding is 'f32', must be 'f16-mult'"),
+    ("quant.scale_encoding", "f32", "scale_encoding is 'f32', must be 'e4m4-z8-gain16-shift4'"),
     ("quant.plane_layout", 1, "plane_layout is 1"),
     ("experts.offset", 8256, "experts begins at byte 8256, must at 8192"),
     ("experts.offset", -64, "experts.offset is -64"),
@@ -178,7 +178,7 @@ def as_text(old: bytes, new: bytes) -> Callable[[Any], bytes]:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b'"version": 1,', b'"version": 1, "version": 1,', "key version twice"),
+        (b'"version": 2,', b'"version": 2, "version": 2,', "key version twice"),
         (b'"head_dim": 8,', b'"head_dim": 8, "head_dim": 8,', "key head_dim twice"),
         (b'"rope_theta": 10000.0', b'"rope_theta": NaN', "holds NaN"),
         (b'"rope_theta": 10000.0', b'"rope_theta": -Infinity', "holds -Infinity"),
@@ -260,8 +260,8 @@ def test_superblocks_that_lie(
 def test_version_and_reserved_bytes(path: Path) -> None:
     data = path.read_bytes()
     at, raw = header_of(data)
-    path.write_bytes(superblock(raw, at, version=2) * 2 + data[2 * SUPERBLOCK :])
-    refuse(path, "format version 2, this edgemoe reads version 1")
+    path.write_bytes(superblock(raw, at, version=1) * 2 + data[2 * SUPERBLOCK :])
+    refuse(path, "format version 1, this edgemoe reads version 2")
     block = bytearray(superblock(raw, at))
     block[1000] = 1
     block[-4:] = checksum(bytes(block[:-4])).to_bytes(4, "little")

@@ -1,8 +1,7 @@
 """A checkpoint in, a store out, a few million weights at a time.
 
 Matrices are read, quantized, packed and written in runs of rows, so memory does not grow with the
-model: a run's float32 weights and codes, and the scales of the one matrix at hand (a third of a
-byte a weight).
+model: a run's float32 weights and codes, and the scales of the one matrix at hand.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, UsageError, shown
 from ..layout import ROW_BLOCK
 from ..store import RecordWriter, StoreWriter
-from ..types import F32, QuantSpec
+from ..types import F32, NestedScales, QuantSpec
 from .packing import pack_scales, plane_pieces
 from .quantize import quantize_matrix
 
@@ -37,14 +36,15 @@ _RUN_WEIGHTS = 1 << 22
 class ConvertReport:
     """What a conversion did.
 
-    out: the store. weights: all of the model. experts, tensors: how many. file_bytes: of the store.
-    seconds: wall time.
+    out: the store. weights: all of the model. experts, tensors: how many. max_level: most bits of
+    an expert. file_bytes: of the store. seconds: wall time.
     """
 
     out: str
     weights: int
     experts: int
     tensors: int
+    max_level: int
     file_bytes: int
     seconds: float
 
@@ -55,32 +55,43 @@ def convert(
     *,
     progress: Progress | None = None,
     quant: QuantSpec | None = None,
+    max_level: int | None = None,
     threads: int | None = None,
 ) -> ConvertReport:
-    """Convert a checkpoint directory into a store.
+    """Convert a checkpoint into a store.
 
     Args:
-        src: a Hugging Face directory (see edgemoe.checkpoint).
+        src: a Hugging Face directory or a GGUF file (see edgemoe.checkpoint).
         out: the store to make; appears when it is complete, and replaces a store of that name.
         progress: called after every run of rows with (weights done, weights in all, part).
         quant: levels and group size; by default 2, 3, 4, 6, 8 bits in groups of 128.
-        threads: that quantize; None: one for each CPU this process may use.
+        max_level: highest level that experts keep, 2 to 8; what is above it is left out of the
+            store. None: that of `quant` if there is one, else what the source has (4 for a 4-bit
+            GGUF, 8 for a checkpoint).
+        threads: that dequantize and quantize; None: one for each CPU this process may use.
 
     Raises:
+        UsageError: `max_level` is no level.
         CheckpointError: the source is missing, damaged or unsupported.
         OutputError: the store cannot be written; nothing of it is left behind.
     """
     start = time.monotonic()
-    checkpoint = open_checkpoint(src)
+    pool = kernels.new_pool(kernels.default_threads() if threads is None else threads)
+    checkpoint = open_checkpoint(src, pool=pool)
     checkpoint.require_tokenizer()
-    config, quant = checkpoint.config, quant or QuantSpec()
+    config, quant = checkpoint.config, quant or QuantSpec(max_level=checkpoint.max_level)
+    if max_level is not None:
+        if max_level not in quant.levels:
+            raise UsageError(
+                f"max_level must be one of {', '.join(map(str, quant.levels))}, not {max_level}"
+            )
+        quant = replace(quant, max_level=max_level)
     names = checkpoint.dense_names()
     expert_weights = 3 * config.moe_intermediate_size * config.hidden_size
     experts = len(config.moe_layers) * config.num_experts
     total = experts * expert_weights + sum(math.prod(checkpoint.shape(n)) for n in names)
     meter = _Meter(total, progress)
-    pool = kernels.new_pool(kernels.default_threads() if threads is None else threads)
-    metadata = {"source": shown(Path(src).resolve().name), "quantizer": "affine8-lsq"}
+    metadata = {"source": shown(Path(src).resolve().name), "quantizer": "affine8-nearest"}
     with StoreWriter(out, config, quant, metadata) as writer:
         for layer in config.moe_layers:
             for expert in range(config.num_experts):
@@ -108,6 +119,7 @@ def convert(
         weights=total,
         experts=experts,
         tensors=len(names),
+        max_level=quant.max_level,
         file_bytes=os.stat(out).st_size,
         seconds=time.monotonic() - start,
     )
@@ -143,20 +155,24 @@ def _write_matrix(
     """Quantize matrix m of a record and write its planes and scale blocks."""
     layout = record.layout
     matrix = layout.matrices[m]
-    levels = len(layout.quant.levels)
-    scales = np.empty((levels, 2, matrix.rows, matrix.groups), np.float32)
+    parts: list[NestedScales] = []
     step = max(_RUN_WEIGHTS // (matrix.cols * ROW_BLOCK), 1) * ROW_BLOCK
     for first in range(0, matrix.rows, step):
         stop = min(first + step, matrix.rows)
         try:
-            codes, fits = quantize_matrix(read(first, stop), layout.quant, pool)
+            codes, scales = quantize_matrix(read(first, stop), layout.quant, pool)
         except UsageError as exc:
             raise CheckpointError(f"{record.what}: {exc}") from exc
-        for i, (s, o) in enumerate(fits):
-            scales[i, 0, first:stop], scales[i, 1, first:stop] = s, o
+        parts.append(scales)
         for i, offset, data in plane_pieces(layout, m, first, codes, pool):
             record.write(i, offset, data)
         meter.add(codes.size, record.what)
-    for i in range(levels):
-        s, o = scales[i]
-        record.write(i, int(layout.part_offsets[i, m, 0]), pack_scales(matrix, s, o))
+    whole = NestedScales(
+        np.concatenate([part.exponent for part in parts]),
+        np.concatenate([part.step for part in parts]),
+        np.concatenate([part.zero for part in parts]),
+        np.concatenate([part.gain for part in parts], axis=1),
+        np.concatenate([part.shift for part in parts], axis=1),
+    )
+    for i in range(len(layout.quant.levels)):
+        record.write(i, int(layout.part_offsets[i, m, 0]), pack_scales(layout, m, i, whole))

@@ -13,19 +13,22 @@ are one little-endian uint32 here; all shifts below work on four codes at once.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import kernels
 from ..errors import StoreError, UsageError
-from ..layout import ROW_BLOCK, SCALE_HEAD, UNIT, MatrixLayout, RecordLayout
-from ..types import F32, U8
+from ..layout import CODE_BITS, ROW_BLOCK, UNIT, MatrixLayout, RecordLayout
+from ..types import F32, U8, NestedScales
 
-LevelScales = tuple[F32, F32]
-"""Scales s and offsets o of one level of one matrix: float32 [rows, groups] each."""
+MAX_EXPONENT = 239
+"""Of a row: the largest step, 15 octaves above 2^(239 - 127), is still finite."""
+
+NO_SHIFT = 8
+"""The shift that leaves a cell's centre where it is."""
 
 _CHUNK_CODES = 1 << 19
 """Codes unpacked at a time; the working set of a chunk stays in a core's cache."""
@@ -48,52 +51,88 @@ def _unpack_rows(planes: Sequence[U8], added: Sequence[int], rows: int, cols: in
     return lanes.view(np.uint8).reshape(blocks * ROW_BLOCK, units * UNIT)[:rows, :cols]
 
 
-def _multiplier(s: F32, o: F32) -> np.float32:
-    """Power of two that brings the largest |s| and |o| under 2**15; 2**-126 at least."""
-    peak = max(float(np.abs(s).max()), float(np.abs(o).max()))
-    if not math.isfinite(peak):
-        raise UsageError("scales and offsets must be finite")
-    exponent = math.frexp(peak)[1] if peak else 15
-    multiplier: np.float32 = np.float32(2.0 ** max(exponent - 15, -126))
-    return multiplier
+def _row_blocks(matrix: MatrixLayout, values: NDArray[Any]) -> NDArray[Any]:
+    """values [rows, ...] padded with zeros to [row_blocks, 8, ...]."""
+    padded = np.zeros((matrix.row_blocks * ROW_BLOCK, *values.shape[1:]), values.dtype)
+    padded[: matrix.rows] = values
+    return padded.reshape(matrix.row_blocks, ROW_BLOCK, *values.shape[1:])
 
 
-def pack_scales(matrix: MatrixLayout, s: F32, o: F32) -> U8:
-    """Scale block of one matrix at one level: uint8 [matrix.scale_bytes].
+def _check_scales(matrix: MatrixLayout, levels: Sequence[int], scales: NestedScales) -> None:
+    rows, groups, count = matrix.rows, matrix.groups, len(levels)
+    names = ("exponent", "step", "zero", "gain", "shift")
+    got = [getattr(scales, name).shape for name in names]
+    want = [(rows,), (rows, groups), (rows, groups), (count, rows), (count, rows, groups)]
+    if got != want:
+        raise UsageError(f"{', '.join(names)} are {got}, not {want}")
+    if not ((scales.exponent >= 1) & (scales.exponent <= MAX_EXPONENT)).all():
+        raise UsageError(f"exponents must be from 1 to {MAX_EXPONENT}")
+    if not (np.abs(scales.gain) <= np.finfo(np.float16).max).all():
+        raise UsageError("gains must be finite and fit float16")
+    for bits, shift in zip(levels, scales.shift, strict=True):
+        if not ((shift < 16).all() if bits < CODE_BITS else (shift == NO_SHIFT).all()):
+            raise UsageError(f"shifts must be below 16, and {NO_SHIFT} at {CODE_BITS} bits")
 
-    Args:
-        s, o: float32 [rows, groups]. Stored as float16 times one float32 power of two, so a value
-            keeps 11 significant bits unless it is 2**-28 of the matrix's largest or less.
+
+def pack_scales(layout: RecordLayout, m: int, level_index: int, scales: NestedScales) -> U8:
+    """Scale block of matrix m of a record at one level: uint8.
+
+    Raises:
+        UsageError: shapes do not fit the matrix, or values the format.
     """
-    if s.shape != (matrix.rows, matrix.groups) or o.shape != s.shape:
-        raise UsageError(
-            f"scales are {s.shape} and offsets {o.shape}, not {(matrix.rows, matrix.groups)}"
-        )
-    multiplier = _multiplier(s, o)
-    block = np.zeros(matrix.scale_bytes, np.uint8)
-    block[:4].view("<f4")[0] = multiplier
-    body = block[SCALE_HEAD:].view("<f2")
-    body = body.reshape(matrix.row_blocks, matrix.groups, 2, ROW_BLOCK)
-    padded = np.zeros((matrix.row_blocks * ROW_BLOCK, matrix.groups), np.float32)
-    for k, values in enumerate((s, o)):
-        # division by a power of two: exact, and no reciprocal that could overflow
-        np.divide(values, multiplier, out=padded[: matrix.rows])
-        body[:, :, k, :] = padded.reshape(matrix.row_blocks, ROW_BLOCK, -1).transpose(0, 2, 1)
+    matrix, at = layout.matrices[m], layout.scale_parts(level_index, m)
+    _check_scales(matrix, layout.quant.levels, scales)
+    block = np.zeros(at["end"], np.uint8)
+
+    def put(name: str, values: NDArray[Any]) -> None:
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        block[at[name] : at[name] + data.size] = data
+
+    put("gain", _row_blocks(matrix, scales.gain[level_index].astype("<f2")))
+    if "shift" in at:
+        nibbles = _row_blocks(matrix, scales.shift[level_index]).transpose(0, 2, 1)
+        put("shift", nibbles[..., 0::2] | nibbles[..., 1::2] << 4)  # [block, group, 4]
+    if "step" in at:
+        exponents = _row_blocks(matrix, scales.exponent)
+        exponents[exponents == 0] = 1  # rows past the last
+        put("exponent", exponents)
+        pairs = np.stack([_row_blocks(matrix, v) for v in (scales.step, scales.zero)])
+        put("step", pairs.transpose(1, 3, 0, 2))  # [block, group, 2, 8]
     return block
 
 
-def unpack_scales(matrix: MatrixLayout, block: U8) -> LevelScales:
-    """Inverse of `pack_scales`: (s, o) float32 [rows, groups], as a kernel sees them."""
-    multiplier = np.float32(block[:4].view("<f4")[0])
-    body = block[SCALE_HEAD : matrix.scale_bytes].view("<f2")
-    body = body.reshape(matrix.row_blocks, matrix.groups, 2, ROW_BLOCK)
+def unpack_scales(layout: RecordLayout, m: int, blocks: Sequence[U8]) -> NestedScales:
+    """Inverse of `pack_scales` from the blocks of levels 0, 1, ..."""
+    matrix = layout.matrices[m]
+    rows, count, groups = matrix.rows, matrix.row_blocks, matrix.groups
+    gain, shift = [], []
+    for i, block in enumerate(blocks):
+        at = layout.scale_parts(i, m)
+        halves = block[at["gain"] : at["gain"] + 2 * count * ROW_BLOCK].view("<f2")
+        gain.append(halves[:rows].astype(np.float32))
+        nibbles = np.full((count, groups, ROW_BLOCK), NO_SHIFT, np.uint8)
+        if "shift" in at:
+            packed = block[at["shift"] : at["shift"] + count * groups * ROW_BLOCK // 2]
+            packed = packed.reshape(count, groups, ROW_BLOCK // 2)
+            nibbles[..., 0::2], nibbles[..., 1::2] = packed & 15, packed >> 4
+        shift.append(nibbles.transpose(0, 2, 1).reshape(-1, groups)[:rows])
+    at = layout.scale_parts(0, m)
+    exponent = blocks[0][at["exponent"] : at["exponent"] + rows]
+    body = blocks[0][at["step"] : at["step"] + count * groups * 2 * ROW_BLOCK]
+    body = body.reshape(count, groups, 2, ROW_BLOCK).transpose(2, 0, 3, 1)
+    step, zero = body.reshape(2, count * ROW_BLOCK, groups)[:, :rows]
+    return NestedScales(exponent, step, zero, np.stack(gain), np.stack(shift))
 
-    def values(k: int) -> F32:
-        rows = body[:, :, k, :].transpose(0, 2, 1).reshape(-1, matrix.groups)[: matrix.rows]
-        out: F32 = rows.astype(np.float32) * multiplier
-        return out
 
-    return values(0), values(1)
+def affine(scales: NestedScales, bits: int, level_index: int) -> tuple[F32, F32]:
+    """(s, o) float32 [rows, groups] of a level, as kernels see them: w = s * code + o."""
+    raised = scales.exponent.astype(np.uint32)[:, None] << np.uint32(23)
+    step = (raised + (scales.step.astype(np.uint32) << np.uint32(19))).view(np.float32)
+    cell = np.float32(2.0 ** (8 - bits))
+    gain = scales.gain[level_index][:, None] * cell
+    middle = np.float32(127.5) - gain * np.float32(((1 << bits) - 1) / 2)
+    moved = (scales.shift[level_index].astype(np.float32) - NO_SHIFT) * (cell / np.float32(16))
+    return step * gain, step * ((middle - scales.zero.astype(np.float32)) + moved)
 
 
 def _check_codes(layout: RecordLayout, codes: Sequence[U8]) -> None:
@@ -106,7 +145,7 @@ def _check_codes(layout: RecordLayout, codes: Sequence[U8]) -> None:
 def pack_record(
     layout: RecordLayout,
     codes: Sequence[U8],
-    scales: Sequence[Sequence[LevelScales]],
+    scales: Sequence[NestedScales],
     pool: kernels.Pool | None = None,
 ) -> list[U8]:
     """All segments of a record.
@@ -114,7 +153,7 @@ def pack_record(
     Args:
         layout: of the record; says how many matrices and levels there are.
         codes: uint8 [rows, cols] a matrix, 8-bit codes.
-        scales: for each matrix, for each level, (s, o) float32 [rows, groups].
+        scales: of each matrix, with the gains of all levels.
         pool: threads to use; None: one.
 
     Returns:
@@ -125,14 +164,15 @@ def pack_record(
     """
     _check_codes(layout, codes)
     levels = layout.quant.levels
-    if [len(m) for m in scales] != [len(levels)] * len(codes):
-        raise UsageError(f"scales must come as {len(levels)} levels for each matrix")
+    if [len(m.gain) for m in scales] != [len(levels)] * len(codes):
+        raise UsageError(f"gains must come as {len(levels)} levels for each matrix")
     pool = pool or kernels.new_pool(1)
     segments = [np.zeros(size, np.uint8) for size in layout.segment_sizes]
-    for m, matrix in enumerate(layout.matrices):
+    for m in range(len(layout.matrices)):
         for i, segment in enumerate(segments):
             at = int(layout.part_offsets[i, m, 0])
-            segment[at : at + matrix.scale_bytes] = pack_scales(matrix, *scales[m][i])
+            block = pack_scales(layout, m, i, scales[m])
+            segment[at : at + block.size] = block
         for i, at, data in plane_pieces(layout, m, 0, np.ascontiguousarray(codes[m]), pool):
             segments[i][at : at + data.size] = data
     return segments
@@ -196,18 +236,57 @@ def unpack_codes(
     return out
 
 
+ReadPart = Callable[[int, int, int], U8]
+"""(level index, offset in that segment, size) -> bytes of the segment, uint8 [size]."""
+
+
+def decode_rows(
+    layout: RecordLayout, level_index: int, m: int, first: int, stop: int, read: ReadPart
+) -> F32:
+    """Rows [first, stop) of matrix m of a record at one level: what `decode` gives of them.
+
+    Args:
+        first: a multiple of 8.
+        read: brings parts of the segments; only those of these rows are asked for.
+
+    Returns:
+        float32 [stop - first, cols].
+    """
+    matrix = layout.matrices[m]
+    run = MatrixLayout(stop - first, matrix.cols, matrix.group_size)
+    one = RecordLayout((run,), layout.quant, layout.alignment)
+    rows = run.row_blocks * ROW_BLOCK
+    row_bytes = {
+        "gain": 2.0,
+        "exponent": 1.0,
+        "step": 2.0 * matrix.groups,
+        "shift": 0.5 * matrix.groups,
+    }
+    segments = [np.zeros(size, np.uint8) for size in one.segment_sizes[: level_index + 1]]
+    for i, segment in enumerate(segments):
+        size, at = run.plane_bytes(layout.added_bits(i)), int(one.part_offsets[i, 0, 1])
+        segment[at : at + size] = read(i, plane_offset(layout, i, m, first), size)
+        block, here = layout.scale_parts(i, m), one.scale_parts(i, 0)
+        for name, per_row in row_bytes.items():
+            if name in block:
+                start = int(layout.part_offsets[i, m, 0]) + block[name] + int(first * per_row)
+                size = int(rows * per_row)
+                segment[here[name] : here[name] + size] = read(i, start, size)
+    return decode(one, segments, level_index)[0]
+
+
 def decode(
     layout: RecordLayout, segments: Sequence[NDArray[np.uint8]], level_index: int
 ) -> list[F32]:
     """Weights at one level: s * code + o, float32 [rows, cols] a matrix.
 
-    Uses the scales of segment `level_index` only, as the kernels do (DESIGN, decision 6).
+    Steps and zeros are those of segment 0, gains and shifts those of segment `level_index`.
     """
+    bits = layout.quant.levels[level_index]
     out = []
     for m, codes in enumerate(unpack_codes(layout, segments, level_index)):
         matrix = layout.matrices[m]
-        at = int(layout.part_offsets[level_index, m, 0])
-        s, o = unpack_scales(matrix, segments[level_index][at : at + matrix.scale_bytes])
+        s, o = affine(read_scales(layout, segments, level_index, m), bits, level_index)
         w = np.empty((matrix.rows, matrix.cols), np.float32)
         width = matrix.group_size
         for g in range(matrix.groups):
@@ -216,3 +295,14 @@ def decode(
             w[:, part] += o[:, g, None]
         out.append(w)
     return out
+
+
+def read_scales(
+    layout: RecordLayout, segments: Sequence[NDArray[np.uint8]], level_index: int, m: int
+) -> NestedScales:
+    """Scales of matrix m of a record, with gains and shifts of levels 0 .. level_index."""
+    blocks = []
+    for i, segment in enumerate(segments[: level_index + 1]):
+        at = int(layout.part_offsets[i, m, 0])
+        blocks.append(segment[at : at + layout.scale_parts(i, m)["end"]])
+    return unpack_scales(layout, m, blocks)

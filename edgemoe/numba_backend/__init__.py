@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import KernelError
 from ..types import F32, I8, I32, I64, U8, U64
-from . import conversion, floats, products
+from . import conversion, dequant, floats, products
 from .jit import Kernel
 from .pool import Pool, padded
 
@@ -27,9 +27,11 @@ __all__ = [
     "combine",
     "crc32c",
     "decode_rows",
+    "dequantize",
     "experts",
     "experts_scratch",
     "gated_add",
+    "ggml_blocks",
     "isa",
     "isa_names",
     "linear",
@@ -235,12 +237,25 @@ def attention(
         pool.run(floats.attention, n * heads, 2 * n * heads * seen * d, *args)
 
 
-def quantize_rows(pool: Pool, w: F32, group: int, levels: I32, codes: U8, fits: F32) -> bool:
-    """w [rows, cols] to 8-bit codes and fits [levels, 2, rows, groups]; False: w is unfit."""
+def quantize_rows(
+    pool: Pool,
+    w: F32,
+    group: int,
+    levels: I32,
+    codes: U8,
+    exponent: U8,
+    step: U8,
+    zero: U8,
+    shift: U8,
+) -> bool:
+    """w [rows, cols] to codes, exponents [rows], steps, zeros [rows, groups], shifts of all levels.
+
+    False: w is unfit.
+    """
     bad = np.empty(w.shape[0], np.bool_)
-    work = 4 * len(levels) * w.size
+    out = (codes, exponent, step, zero, shift, bad)
     with pool.lock:
-        pool.run(conversion.quantize_rows, len(w), work, w, group, levels, codes, fits, bad)
+        pool.run(conversion.quantize_rows, len(w), 8 * w.size, w, group, levels, *out)
     return not bad.any()
 
 
@@ -250,6 +265,19 @@ def pack_rows(pool: Pool, codes: U8, levels: I32, planes: Sequence[U8]) -> None:
     places = np.array([plane.ctypes.data for plane in planes], np.int64)
     with pool.lock:
         pool.run(conversion.pack_rows, blocks, codes.size, codes, levels, places)
+
+
+def ggml_blocks() -> dict[str, tuple[int, int]]:
+    """The GGML block formats that can be decoded: name -> (weights, bytes)."""
+    return {name: (t.weights, t.size) for name, t in dequant.BLOCK_TYPES.items()}
+
+
+def dequantize(pool: Pool, data: U8, type_name: str, out: F32) -> None:
+    """out [n] = the weights of the GGML blocks in `data`; a NaN may be another than native's."""
+    block = dequant.BLOCK_TYPES[type_name]
+    data, out = data.reshape(-1, block.size), out.reshape(-1, block.weights)
+    with pool.lock:
+        pool.run(block.decode, len(data), 2 * out.size, data, out)
 
 
 def linear_scratch(n: int, cols: int, group_units: int) -> int:
@@ -271,11 +299,13 @@ def experts_scratch(
 ) -> int:
     """Bytes that `experts` needs.
 
-    Compiles all kernels first: whoever asks for sizes goes on to measure what this process holds,
-    and the machine code and the compiler are part of it.
+    Compiles all kernels of a forward pass first: whoever asks for sizes goes on to measure what
+    this process holds, and the machine code and the compiler are part of it.
     """
-    for kernel in Kernel.every:
-        kernel.compiled()
+    for module in (products, floats):
+        for kernel in vars(module).values():
+            if isinstance(kernel, Kernel):
+                kernel.compiled()
     parts = _experts_parts(n, pairs, hidden, intermediate, group_units)
     own = max(_workspace(hidden, group_units), _workspace(intermediate, group_units))
     return _bytes(parts) + threads * own

@@ -17,41 +17,60 @@ from .jit import array_in, array_out, helper, kernel, pointer
 
 ROW_BLOCK = 8
 UNIT = 32
-FRACTION = 4096
 
 _EVERY_BYTE = np.uint64(0x0101010101010101)
 _LARGEST = np.finfo(np.float32).max
 _LARGEST_SPAN = 2.0**127
+_SMALLEST_EXPONENT, _OCTAVES = -126, 15
 
 _INT = types.int64
 _LEVELS = array_in(types.int32, 1)
 
 
 @helper
-def _round_to_stored(s: float) -> float:
-    """Nearest value of 11 significant bits: what float16 keeps of a normal number."""
-    mantissa, exponent = math.frexp(s)
-    return math.ldexp(np.rint(mantissa * 2048.0), exponent - 11)
+def _storable_step(span: float) -> tuple[int, int]:
+    """(exponent, sixteenths) of the smallest storable step that is span / 255 or more."""
+    if span == 0:
+        return _SMALLEST_EXPONENT, 0
+    fraction, exponent = math.frexp(span / 255.0)
+    mantissa = np.int64(math.ceil(fraction * 32.0))
+    if mantissa == 32:
+        return exponent, 0
+    return exponent - 1, mantissa - 16
 
 
 @kernel(
-    *(_INT, _INT, array_in(types.float32, 2), _INT, _LEVELS),
-    *(array_out(types.uint8, 2), array_out(types.float32, 4), array_out(types.boolean, 1)),
+    *(_INT, _INT, array_in(types.float32, 2), _INT, _LEVELS, array_out(types.uint8, 2)),
+    *(array_out(types.uint8, 1), array_out(types.uint8, 2), array_out(types.uint8, 2)),
+    *(array_out(types.uint8, 3), array_out(types.boolean, 1)),
 )
 def quantize_rows(
-    first: int, last: int, w: F32, group: int, levels: I32, codes: U8, fits: F32, bad: Any
+    first: int,
+    last: int,
+    w: F32,
+    group: int,
+    levels: I32,
+    codes: U8,
+    exponent: U8,
+    step: U8,
+    zero: U8,
+    shift: U8,
+    bad: Any,
 ) -> None:
-    """Rows of w to 8-bit codes and least-squares fits [levels, 2, rows, groups].
+    """Rows of w to codes, exponents [rows], steps, zeros [rows, groups], shifts of all levels.
 
     bad [rows]: whether a row holds what cannot be quantized.
     """
-    t = np.empty(group, np.int32)
+    groups = step.shape[1]
+    lows, highs = np.empty(groups, np.float32), np.empty(groups, np.float32)
+    exponents, mantissas = np.empty(groups, np.int64), np.empty(groups, np.int64)
     for row in range(first, last):
         bad[row] = False
-        for g in range(fits.shape[3]):
+        largest = _SMALLEST_EXPONENT
+        for g in range(groups):
             at = g * group
             n = min(group, w.shape[1] - at)
-            low = high = w[row, at]
+            low = high = np.float32(0)
             finite = True
             for i in range(at, at + n):
                 v = w[row, i]
@@ -61,31 +80,39 @@ def quantize_rows(
             span = np.float64(high) - np.float64(low)
             if not finite or span > _LARGEST_SPAN:
                 bad[row] = True
-                continue
-            inverse = 255.0 / span if span > 0 else 0.0
-            sum_t = np.int64(0)
-            for i in range(n):
-                place = (np.float64(w[row, at + i]) - np.float64(low)) * inverse * FRACTION
-                t[i] = np.int32(np.rint(place))
-                codes[row, at + i] = (t[i] + FRACTION // 2) // FRACTION
-                sum_t += t[i]
-            unit = span / 255.0
-            mean_w = np.float64(low) + unit * (np.float64(sum_t) / FRACTION / n)
+                break
+            lows[g], highs[g] = low, high
+            exponents[g], mantissas[g] = _storable_step(span)
+            largest = max(largest, exponents[g])
+        if bad[row]:
+            continue
+        base = max(largest - _OCTAVES, _SMALLEST_EXPONENT)
+        exponent[row] = base + 127
+        for g in range(groups):
+            octave, sixteenths = exponents[g] - base, mantissas[g]
+            if octave < 0:
+                octave = sixteenths = 0
+            inverse = 1.0 / math.ldexp(1.0 + sixteenths / 16.0, np.int32(base + octave))
+            middle = (np.float64(lows[g]) + np.float64(highs[g])) * 0.5
+            z = min(max(np.rint(127.5 - middle * inverse), 0.0), 255.0)
+            step[row, g] = octave * 16 + sixteenths
+            zero[row, g] = np.uint8(z)
+            begin, end = g * group, min((g + 1) * group, w.shape[1])
+            total = np.int64(0)
+            for i in range(begin, end):
+                p = np.float64(w[row, i]) * inverse + z
+                codes[row, i] = np.uint8(min(max(np.rint(p), 0.0), 255.0))
+                total += np.int64(min(max(np.rint(p * 256.0), -256.0), 65536.0))
             for level in range(levels.shape[0]):
-                shift = 8 - levels[level]
-                sum_tc = sum_c = sum_cc = np.int64(0)
-                for i in range(n):
-                    c = np.int64(codes[row, at + i] >> shift)
-                    sum_c += c
-                    sum_cc += c * c
-                    sum_tc += t[i] * c
-                cov = n * sum_tc - sum_t * sum_c
-                var = n * sum_cc - sum_c * sum_c
-                s = 0.0
-                if var:
-                    s = _round_to_stored(np.float64(cov) / (np.float64(var) * FRACTION) * unit)
-                fits[level, 0, row, g] = s
-                fits[level, 1, row, g] = mean_w - s * (np.float64(sum_c) / n)
+                shift[level, row, g] = 8
+                if levels[level] < 8:
+                    cell = np.int64(1) << np.int64(8 - levels[level])
+                    kept = np.int64(0)
+                    for i in range(begin, end):
+                        kept += np.int64(codes[row, i]) & -cell
+                    centre = kept * 256 + (end - begin) * (cell - 1) * 128
+                    mean = np.float64(total - centre) / (np.float64(end - begin) * cell * 16.0)
+                    shift[level, row, g] = np.uint8(min(max(np.rint(mean) + 8.0, 0.0), 15.0))
 
 
 @kernel(_INT, _INT, array_in(types.uint8, 2), _LEVELS, array_in(types.int64, 1))

@@ -22,19 +22,22 @@ from .jit import array_in, array_out, helper, kernel, pointer
 LEVELS = 5
 ROW_BLOCK = 8
 UNIT = 32
-SCALE_HEAD = 64
+PART_ALIGN = 64
 CHUNK_BLOCKS = 8
 TOKEN_TILE = 64
 
-# A product is a row of int64: the addresses of the planes, of the scale block and of the result
-# (row-major, its first row that of token FIRST), the matrix, and the tokens it multiplies.
-SCALE, LEVEL, ROWS, COLS, UNITS, GROUP_UNITS, GROUPS = range(LEVELS, LEVELS + 7)
-FIRST, COUNT, OUT, TASK = range(LEVELS + 7, LEVELS + 11)
-FIELDS = LEVELS + 11
+# A product is a row of int64: the addresses of the planes, of gains, exponents, steps, shifts (0
+# at 8 bits) and of the result (row-major, its first row that of token FIRST), the matrix, and the
+# tokens it multiplies.
+GAIN, EXPONENT, STEP, SHIFT = range(LEVELS, LEVELS + 4)
+LEVEL, ROWS, COLS, UNITS, GROUP_UNITS, GROUPS = range(LEVELS + 4, LEVELS + 10)
+FIRST, COUNT, OUT, TASK = range(LEVELS + 10, LEVELS + 14)
+FIELDS = LEVELS + 14
 
 _EVERY_BYTE = np.uint64(0x0101010101010101)
 _TWO_WORDS = np.uint64(0x0000000100000001)
 _ZERO, _INT8_MAX = np.float32(0), np.float32(127)
+_HALF, _SIXTEENTH, _MIDDLE = np.float32(0.5), np.float32(0.0625), np.float32(127.5)
 _SUBNORMAL_HALF = np.float32(2.0**-24)
 _SMALLEST_PEAK = np.float32(1e-36)
 
@@ -136,14 +139,29 @@ def _half_to_float(half: Any) -> Any:
 @helper
 def _scales(m: I64, block: int, scale: F32, offset: F32) -> None:
     """Scales and offsets float32 [groups, 8] of a row block."""
-    multiplier = numba.carray(pointer(m[SCALE]), 1, np.float32)[0]
-    groups = m[GROUPS]
-    at = m[SCALE] + SCALE_HEAD + block * groups * 4 * ROW_BLOCK
-    halves = numba.carray(pointer(at), (groups, 2, ROW_BLOCK), np.uint16)
-    for g in range(groups):
-        for r in range(ROW_BLOCK):
-            scale[g, r] = _half_to_float(halves[g, 0, r]) * multiplier
-            offset[g, r] = _half_to_float(halves[g, 1, r]) * multiplier
+    groups, row = m[GROUPS], block * ROW_BLOCK
+    gains = numba.carray(pointer(m[GAIN] + 2 * row), ROW_BLOCK, np.uint16)
+    exponents = numba.carray(pointer(m[EXPONENT] + row), ROW_BLOCK, np.uint8)
+    steps = numba.carray(pointer(m[STEP] + 2 * row * groups), (groups, 2, ROW_BLOCK), np.uint8)
+    bits = m[LEVEL] + 2 + (m[LEVEL] > 2) + (m[LEVEL] > 3)  # 2, 3, 4, 6, 8
+    mean_code = np.float32((1 << bits) - 1) * _HALF
+    sixteenth = np.float32(1 << (8 - bits)) * _SIXTEENTH
+    shifted = bits < 8
+    at = m[SHIFT] + row // 2 * groups if shifted else m[STEP]  # any address: not read at 8 bits
+    shifts = numba.carray(pointer(at), (groups, ROW_BLOCK // 2), np.uint8)
+    for r in range(ROW_BLOCK):
+        gain = _half_to_float(gains[r]) * np.float32(1 << (8 - bits))
+        middle = _MIDDLE - gain * mean_code
+        raised = np.uint32(np.uint32(exponents[r]) << np.uint32(23))
+        for g in range(groups):
+            word = np.uint32(raised + np.uint32(np.uint32(steps[g, 0, r]) << np.uint32(19)))
+            step = word.view(np.float32)
+            scale[g, r] = step * gain
+            origin = middle - np.float32(steps[g, 1, r])
+            if shifted:
+                nibble = np.int32(shifts[g, r // 2] >> (4 * (r % 2)) & 15) - np.int32(8)
+                origin = origin + np.float32(nibble) * sixteenth
+            offset[g, r] = step * origin
 
 
 @helper
@@ -231,13 +249,23 @@ def _describe(
     """Fill in the matrix of a product: segments [levels], offsets [levels, 2]."""
     for s in range(level + 1):
         m[s] = np.int64(segments[s]) + offsets[s, 1]
-    m[SCALE] = np.int64(segments[level]) + offsets[level, 0]
+    padded_rows = _ceil_div(rows, ROW_BLOCK) * ROW_BLOCK
+    gain_bytes = _ceil_div(2 * padded_rows, PART_ALIGN) * PART_ALIGN
+    m[GAIN] = np.int64(segments[level]) + offsets[level, 0]
+    m[EXPONENT] = np.int64(segments[0]) + offsets[0, 0] + gain_bytes
+    m[STEP] = m[EXPONENT] + _ceil_div(padded_rows, PART_ALIGN) * PART_ALIGN
+    groups = _ceil_div(_ceil_div(cols, UNIT), group_units)
+    if level == 0:
+        steps = 2 * padded_rows * groups
+        m[SHIFT] = m[STEP] + _ceil_div(steps, PART_ALIGN) * PART_ALIGN
+    elif level < LEVELS - 1:
+        m[SHIFT] = m[GAIN] + gain_bytes
     m[LEVEL] = level
     m[ROWS] = rows
     m[COLS] = cols
     m[UNITS] = _ceil_div(cols, UNIT)
     m[GROUP_UNITS] = group_units
-    m[GROUPS] = _ceil_div(m[UNITS], group_units)
+    m[GROUPS] = groups
 
 
 @kernel(

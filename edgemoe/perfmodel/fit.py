@@ -68,21 +68,23 @@ def choose_level(
     ceiling: int,
     ctx_size: int,
     levels: tuple[int, ...],
+    dense_levels: tuple[int, ...],
     bits: int | None,
     dense_bits: int | None,
     describe: Callable[[int], str],
 ) -> tuple[int, int, Budget]:
     """(bits, dense bits, budget) of the highest level that fits, or of the one asked for.
 
-    Dense linears are read at 8 bits with experts at 8, else at 6, unless `dense_bits` says so.
+    `levels` are those experts can be read at, `dense_levels` those of dense linears, which are read
+    at 8 bits with experts at 8, else at 6, unless `dense_bits` says so.
 
     Raises:
         MemoryBudgetError: nothing fits; names the smallest ceiling that would do.
     """
     tried: list[tuple[int, int, Budget]] = []
     for level in (bits,) if bits is not None else tuple(reversed(levels)):
-        dense = dense_bits if dense_bits is not None else max(levels[-2], level)
-        parts = budget(footprint, ceiling, levels.index(level), levels.index(dense), ctx_size)
+        dense = dense_bits if dense_bits is not None else max(dense_levels[-2], level)
+        parts = budget(footprint, ceiling, levels.index(level), dense_levels.index(dense), ctx_size)
         if parts.needed <= ceiling:
             return level, dense, parts
         tried.append((level, dense, parts))

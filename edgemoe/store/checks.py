@@ -119,6 +119,10 @@ def check_quant(quant: QuantSpec) -> QuantSpec:
         raise StoreError(
             f"quant.levels is {show(levels)}, must rise from 0 in steps of 1 or 2 bits up to 8"
         )
+    if type(quant.max_level) is not int or quant.max_level not in levels:
+        raise StoreError(
+            f"quant.max_level is {show(quant.max_level)}, must be one of {show(levels)}"
+        )
     if quant.group_size % UNIT or not UNIT <= quant.group_size <= 4096:
         raise StoreError(
             f"quant.group_size is {quant.group_size}, must be a multiple of {UNIT} up to 4096"

@@ -24,7 +24,7 @@ from ..types import ModelConfig, QuantSpec
 from .checks import LISTS
 
 MAGIC = b"EDGEMOE\0"
-VERSION = 1
+VERSION = 2
 SUPERBLOCK = 4096
 DATA_START = 2 * SUPERBLOCK
 MAX_HEADER = 16 << 20
@@ -187,7 +187,7 @@ class Header:
     def checksum_count(self) -> int:
         """Entries of the CRC table: one a segment of every expert, then one a tensor part."""
         parts = sum(len(t.parts) for t in self.tensors.values())
-        return self.expert_count * len(self.quant.levels) + parts
+        return self.expert_count * len(self.quant.expert_levels) + parts
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of this header."""
@@ -201,8 +201,9 @@ class Header:
             "model": model,
             "quant": {
                 "levels": list(self.quant.levels),
+                "max_level": self.quant.max_level,
                 "group_size": self.quant.group_size,
-                "scale_encoding": "f16-mult",
+                "scale_encoding": "e4m4-z8-gain16-shift4",
                 "plane_layout": "r8u32",
             },
             "experts": {

@@ -233,7 +233,9 @@ def _parse_model(raw: Any) -> ModelConfig:
 
 def _parse_quant(raw: Any) -> QuantSpec:
     levels = _list(raw, "levels", "quant")
-    return QuantSpec(tuple(levels), _int(raw, "group_size", "quant"))
+    return QuantSpec(
+        tuple(levels), _int(raw, "group_size", "quant"), _int(raw, "max_level", "quant")
+    )
 
 
 def _parse_tensors(

@@ -52,7 +52,7 @@ class Store:
         self._fd, self._block, self._header, self._crcs = fd, block, header, crcs
         self._ordinals = {layer: i for i, layer in enumerate(self.config.moe_layers)}
         self._first_crc: dict[str, int] = {}
-        at = header.expert_count * len(self.quant.levels)
+        at = header.expert_count * len(self.quant.expert_levels)
         for name, entry in self.tensors.items():
             self._first_crc[name] = at
             at += len(entry.parts)
@@ -109,7 +109,7 @@ class Store:
 
     def expert_segment(self, layer: int, expert: int, level_index: int) -> PlaneRef:
         """Where one segment of one expert lies. UsageError if there is none."""
-        experts, levels = self.config.num_experts, len(self.quant.levels)
+        experts, levels = self.config.num_experts, len(self.quant.expert_levels)
         if layer not in self._ordinals or not (0 <= expert < experts and 0 <= level_index < levels):
             raise UsageError(
                 f"{self._where}: no segment {level_index} of expert {expert} in layer {layer}"
@@ -238,7 +238,7 @@ class Store:
             if what == "experts":
                 for layer in self.config.moe_layers:
                     for expert in range(self.config.num_experts):
-                        for i in range(len(self.quant.levels)):
+                        for i in range(len(self.quant.expert_levels)):
                             ref = self.expert_segment(layer, expert, i)
                             yield ref.offset, ref.size, ref.crc32c
             elif what.startswith("tensor "):
@@ -257,9 +257,9 @@ class Store:
         """What takes how much of the file, for `inspect`. JSON-ready.
 
         "experts" and "dense" (nested tensors) give weights, bytes, bytes of each level's segments,
-        and bits a weight of a read up to each level, scales counted; "float32" the plain tensors;
-        "sections" each section; "dead_bytes" replaced sections; "overhead_bytes" all else
-        (superblocks, header, CRC table, padding). All bytes add up to "file_bytes".
+        and bits a weight of a read up to each level, scales and padding counted; "float32" the
+        plain tensors; "sections" each section; "dead_bytes" replaced sections; "overhead_bytes" all
+        else (superblocks, header, CRC table, padding). All bytes add up to "file_bytes".
         """
         header = self._header
         nested = [t for t in self.tensors.values() if t.layout is not None]
@@ -283,19 +283,19 @@ class Store:
     def _nested_report(self, records: list[tuple[RecordLayout, int]]) -> dict[str, Any]:
         """Totals over (layout, how many) of nested records."""
         weights = sum(layout.weights() * n for layout, n in records)
+        levels = records[0][0].quant.levels if records else ()
         segments = {
             level: sum(layout.segment_sizes[i] * n for layout, n in records)
-            for i, level in enumerate(self.quant.levels)
+            for i, level in enumerate(levels)
         }
-        bits: dict[str, float] = {}
-        so_far = 0
-        for level, size in segments.items():
-            so_far += size
-            bits[str(level)] = 8 * so_far / weights if weights else 0.0
+        bits = {
+            str(level): 8 * sum(layout.prefix_bytes(i) * n for layout, n in records) / weights
+            for i, level in enumerate(levels)
+        }
         return {
             "records": sum(n for _, n in records),
             "weights": weights,
-            "bytes": so_far,
+            "bytes": sum(segments.values()),
             "segments": {str(level): size for level, size in segments.items()},
             "bits_per_weight": bits,
         }

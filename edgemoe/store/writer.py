@@ -53,7 +53,10 @@ class RecordWriter:
         self.what = what
         self._owner, self._base = owner, base
         self._left = [  # what no part covers is padding, zero already
-            sum(m.scale_bytes + m.plane_bytes(layout.added_bits(i)) for m in layout.matrices)
+            sum(
+                layout.scale_parts(i, m)["end"] + matrix.plane_bytes(layout.added_bits(i))
+                for m, matrix in enumerate(layout.matrices)
+            )
             for i in range(len(layout.segment_sizes))
         ]
 

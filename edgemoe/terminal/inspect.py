@@ -35,8 +35,9 @@ def describe(store: Store) -> dict[str, Any]:
     """Everything `inspect` tells, JSON-ready.
 
     Sizes are bytes of the file, scales, offsets and padding counted. levels: for each level the
-    bytes a read up to it takes and the bits that makes a weight, for the experts, for all other
-    matrices, and for the whole model with its float32 parts.
+    bytes a read up to it takes and the bits that makes a weight, for the experts (at the highest
+    level they hold where that is lower), for all other matrices, and for the whole model with its
+    float32 parts.
     """
     report = store.size_report()
     experts, dense, plain = report["experts"], report["dense"], report["float32"]
@@ -46,9 +47,11 @@ def describe(store: Store) -> dict[str, Any]:
     for level in map(str, store.quant.levels):
         row: dict[str, Any] = {}
         for part, of in (("experts", experts), ("dense", dense)):
-            so_far[part] += of["segments"][level]
+            # Experts may stop below the highest level; the last one they have is then read.
+            so_far[part] += of["segments"].get(level, 0)
             row[f"{part}_bytes"] = so_far[part]
-            row[f"{part}_bits_per_weight"] = of["bits_per_weight"][level]
+            bits = of["bits_per_weight"]
+            row[f"{part}_bits_per_weight"] = bits.get(level, max(bits.values(), default=0.0))
         row["model_bytes"] = sum(so_far.values()) + plain["bytes"]
         row["model_bits_per_weight"] = 8 * row["model_bytes"] / weights if weights else 0.0
         levels[level] = row
@@ -80,7 +83,7 @@ def _active(
 
 
 def _checksums(store: Store, expert_records: int) -> dict[str, Any]:
-    levels = len(store.quant.levels)
+    levels = len(store.quant.expert_levels)
     parts = expert_records * levels + sum(len(t.parts) for t in store.tensors.values())
     return {"kind": "crc32c", "segments": parts, "sections": len(store.sections)}
 
@@ -107,7 +110,7 @@ def text(facts: dict[str, Any]) -> list[str]:
             [_level_row(level, row) for level, row in facts["levels"].items()],
         ),
         "",
-        f"groups of {facts['quant']['group_size']} columns share scale and offset; records aligned "
+        f"groups of {facts['quant']['group_size']} columns share scales; records aligned "
         f"to {facts['quant']['alignment']} bytes",
         *(f"{name}: {shown(value)}" for name, value in facts["metadata"].items()),
     ]

@@ -44,18 +44,13 @@ static void compare(const char *name, const void *got) {
 
 static em_matrix matrix(const char *record, const int64_t *offsets, int matrices, int index, int level,
                         int rows, int cols) {
-    em_matrix w = {.level = level, .rows = rows, .cols = cols, .group_units = 2};
-    w.units = (cols + EM_UNIT - 1) / EM_UNIT;
-    w.groups = (w.units + 1) / 2;
+    uint64_t segments[EM_LEVELS] = {0};
     for (int s = 0; s <= level; s++) {
-        char name[32];
-        snprintf(name, sizeof name, "%s.%d", record, s);
-        const uint8_t *segment = blob(name, NULL);
-        const int64_t *part = offsets + (s * matrices + index) * 2;
-        w.plane[s] = segment + part[1];
-        if (s == level) w.scale = segment + part[0];
+        char name[64];
+        if (snprintf(name, sizeof name, "%s.%d", record, s) >= (int)sizeof name) exit(2);
+        segments[s] = (uint64_t)(uintptr_t)blob(name, NULL);
     }
-    return w;
+    return em_matrix_at(segments, offsets + 2 * index, 2 * matrices, level, rows, cols, 2);
 }
 
 static em_matrix dense(const char *name, int level, int rows, int cols) {
@@ -130,7 +125,7 @@ static void replay(int threads) {
             }
         job.count = pairs - job.first;
         if (!job.count) continue;
-        char name[32];
+        char name[64];
         snprintf(name, sizeof name, "expert%d", e);
         job.gate = matrix(name, offsets, 3, 0, levels[e], inter, h);
         job.up = matrix(name, offsets, 3, 1, levels[e], inter, h);

@@ -106,7 +106,7 @@ static void test_pool(void) {
 
 typedef struct {
     em_matrix w;
-    uint8_t *bytes[EM_LEVELS + 1];
+    uint8_t *bytes[EM_LEVELS + 4];
 } random_matrix;
 
 static random_matrix make(int rows, int cols, int group_units, int level) {
@@ -122,20 +122,29 @@ static random_matrix make(int rows, int cols, int group_units, int level) {
         for (size_t i = 0; i < n; i++) m.bytes[s][i] = extreme ? 0xff : (uint8_t)next();
         m.w.plane[s] = m.bytes[s];
     }
-    const size_t n = EM_SCALE_HEAD + blocks * (size_t)m.w.groups * 32;
-    m.bytes[EM_LEVELS] = need(n);
-    const float multiplier = 0.03125f;
-    memcpy(m.bytes[EM_LEVELS], &multiplier, 4);
-    for (size_t i = EM_SCALE_HEAD; i < n; i += 2) {
-        const uint16_t half = (uint16_t)(0x2c00 + next() % 0x1800 + (next() & 1) * 0x8000u);
-        memcpy(m.bytes[EM_LEVELS] + i, &half, 2);
+    const size_t padded = blocks * EM_ROW_BLOCK, steps = padded * (size_t)m.w.groups * 2;
+    uint8_t *gain = m.bytes[EM_LEVELS] = need(2 * padded);
+    uint8_t *exponent = m.bytes[EM_LEVELS + 1] = need(padded);
+    uint8_t *step = m.bytes[EM_LEVELS + 2] = need(steps);
+    for (size_t i = 0; i < padded; i++) {
+        const uint16_t half = (uint16_t)(0x3800 + next() % 0x800); /* 0.5 to 2 */
+        memcpy(gain + 2 * i, &half, 2);
+        exponent[i] = (uint8_t)(100 + next() % 8);
     }
-    m.w.scale = m.bytes[EM_LEVELS];
+    for (size_t i = 0; i < steps; i++) step[i] = (uint8_t)next();
+    m.w.gain = gain;
+    m.w.exponent = exponent;
+    m.w.step = step;
+    if (level < EM_LEVELS - 1) {
+        uint8_t *shift = m.bytes[EM_LEVELS + 3] = need(steps / 4);
+        for (size_t i = 0; i < steps / 4; i++) shift[i] = (uint8_t)next();
+        m.w.shift = shift;
+    }
     return m;
 }
 
 static void drop(random_matrix *m) {
-    for (int i = 0; i <= EM_LEVELS; i++) free(m->bytes[i]);
+    for (int i = 0; i < EM_LEVELS + 4; i++) free(m->bytes[i]);
 }
 
 static em_acts make_acts(const em_matrix *w, int n) {
@@ -221,6 +230,60 @@ static void test_floats(const em_isa *isa, int n) {
     free(a), free(b), free(c), free(d), free(v), free(p), free(e);
 }
 
+/* Every GGML type: blocks of equal bytes give the values worked out by hand, one decode of many
+ * blocks equals many of one, at any address and number of threads, and nothing beyond is written. */
+static void test_ggml(void) {
+    static const struct {
+        const char *name;
+        float ones;  /* weight 0 of a block of bytes 0x11 but scales 0.5 and minima 0.25 */
+        int half[2]; /* where scale and minimum lie; -1: no such field */
+    } expected[] = {
+        {"F32", 0x1.222222p-93f, {-1, -1}},
+        {"F16", 0.5f, {0, -1}},
+        {"BF16", 0x1.22p-93f, {-1, -1}},
+        {"Q8_0", 8.5f, {0, -1}},
+        {"Q6_K", -127.5f, {208, -1}},
+        {"Q5_K", 140.25f, {0, 2}},
+        {"Q4_K", 4.25f, {0, 2}},
+        {"Q3_K", -7.5f, {108, -1}},
+        {"Q2_K", 0.25f, {80, 82}},
+        {"Q4_0", -3.5f, {0, -1}},
+        {"Q4_1", 0.75f, {0, 2}},
+        {"Q5_0", 0.5f, {0, -1}},
+        {"Q5_1", 8.75f, {0, 2}},
+        {"IQ4_NL", -52.0f, {0, -1}},
+        {"MXFP4", 0x1p-111f, {-1, -1}},
+    };
+    CHECK(em_ggml_count() == sizeof expected / sizeof expected[0]);
+    CHECK(em_ggml_find("Q4_k") == NULL);
+    em_pool *one = em_pool_new(1), *three = em_pool_new(3);
+    if (!one || !three) abort();
+    for (int i = 0; i < em_ggml_count(); i++) {
+        const em_ggml_type *type = em_ggml_at(i);
+        const size_t bytes = (size_t)type->bytes, weights = (size_t)type->weights;
+        const size_t blocks = 100000 / weights + 1, n = blocks * weights;
+        CHECK(em_ggml_find(expected[i].name) == type);
+        uint8_t *data = need(blocks * bytes + 1), *odd = data + 1;
+        for (size_t at = 0; at < blocks * bytes; at++) odd[at] = at < bytes ? 0x11 : (uint8_t)next();
+        for (int f = 0; f < 2; f++)
+            for (size_t b = 0; b < blocks && expected[i].half[f] >= 0; b++) {
+                const uint16_t half = f ? 0x3400 : 0x3800;
+                memcpy(odd + b * bytes + (size_t)expected[i].half[f], &half, sizeof half);
+            }
+        float *a = need((n + 1) * 4), *c = need(n * 4);
+        a[n] = 3.0f;
+        em_dequantize(three, type, odd, blocks, a);
+        em_dequantize(one, type, odd, blocks, c);
+        CHECK(same(a, c, n * 4));
+        CHECK(a[n] == 3.0f);
+        CHECK(a[0] == expected[i].ones);
+        for (size_t b = 0; b < blocks; b++) type->decode(odd + b * bytes, 1, c + b * weights);
+        CHECK(same(a, c, n * 4));
+        free(data), free(a), free(c);
+    }
+    em_pool_free(one), em_pool_free(three);
+}
+
 static void test_route(void) {
     const float logits[6] = {1, 3, 3, -2, 3, 0};
     int32_t ids[4];
@@ -237,6 +300,7 @@ int main(void) {
     test_crc();
     test_pool();
     test_route();
+    test_ggml();
     CHECK(em_isa_find("scalar") == &em_isa_scalar);
     CHECK(em_isa_find("nosuch") == NULL);
     for (int i = 0; i < em_isa_count(); i++) {
