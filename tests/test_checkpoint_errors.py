@@ -183,13 +183,14 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
     refuse(tmp_path, "has no config.json")
     file = tmp_path / "notes.txt"
     file.write_text("hello")
-    refuse(file, "not a directory")
+    refuse(file, "neither a directory nor a GGUF file")
     file.write_bytes(b"EDGEMOE\0" + bytes(100))
     refuse(file, "is an edgemoe store already")
     file.write_bytes(b"GGUF" + bytes(100))
-    refuse(file, "GGUF", kind=UnsupportedError)
+    refuse(file, "GGUF version 0", kind=UnsupportedError)
     (tmp_path / "m.gguf").touch()
-    refuse(tmp_path / "m.gguf", "GGUF", kind=UnsupportedError)
+    refuse(tmp_path / "m.gguf", "is not a GGUF file")
+    refuse(tmp_path, f"give the file: {tmp_path / 'm.gguf'}")
     lone = tmp_path / "model.safetensors"
     write_tensors(lone, make_tensors(OLMOE))
     refuse(lone, "only weights", "config.json")

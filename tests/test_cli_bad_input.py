@@ -95,7 +95,7 @@ def test_gguf_where_a_store_is_wanted(tmp_path: Path, clean: Path) -> None:
     fails("run", gguf, says=f"is a GGUF file, not a store; .*edgemoe convert {gguf} m.emoe$")
     renamed = gguf.rename(tmp_path / "m.bin")
     fails("run", renamed, says="is a GGUF file, not a store")
-    fails("convert", renamed, clean / "x.emoe", says="is a GGUF file, which cannot be converted")
+    fails("convert", renamed, clean / "x.emoe", says="is GGUF version 0; only versions 2 and 3")
 
 
 @pytest.mark.parametrize("data", [b"", b"EDGEMOE\0", os.urandom(20_000)])

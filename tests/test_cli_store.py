@@ -19,7 +19,7 @@ from cli_model import (
 )
 
 from edgemoe.store import Store
-from edgemoe.terminal import convert as converting
+from edgemoe.terminal import long_job
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def test_convert_and_run(tmp_path: Path) -> None:
     code, out, err = run("convert", "src", "out name.emoe", cwd=tmp_path)
     assert code == 0
     assert re.fullmatch(
-        r"out name\.emoe: [\d.]+ M weights in [\d.]+ KiB \([\d.]+ bits each, all levels together\),"
-        r" [\d.]+ s; try: edgemoe run 'out name\.emoe'\n",
+        r"out name\.emoe: [\d.]+ M weights in [\d.]+ KiB \([\d.]+ bits each, all levels up to 8"
+        r" together\), [\d.]+ s; try: edgemoe run 'out name\.emoe'\n",
         out,
     )
     assert err == "out name.emoe: 100 %, 0:00 left (lm_head)\n"
@@ -52,12 +52,33 @@ def test_convert_and_run(tmp_path: Path) -> None:
     assert run("run", "out name.emoe", "hi", "-n", "2", cwd=tmp_path)[0] == 0
 
 
+def test_a_store_for_small_disks(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "src")
+    run("convert", "src", "whole.emoe", cwd=tmp_path)
+    code, out, _ = run("convert", "src", "small.emoe", "--max-level", "4", cwd=tmp_path)
+    assert code == 0 and "all levels up to 4 together" in out
+    sizes = [(tmp_path / name).stat().st_size for name in ("small.emoe", "whole.emoe")]
+    assert sizes[0] < sizes[1]
+    code, out, err = run("run", "small.emoe", "hi", "-n", "2", cwd=tmp_path)
+    assert code == 0 and "4-bit experts" in err
+    code, out, err = run("run", "small.emoe", "hi", "--bits", "6", cwd=tmp_path)
+    assert code == 2 and "up to 4 bits; convert the model again with --max-level 6" in err
+    code, out, _ = run("inspect", "small.emoe", "--json", "--verify", cwd=tmp_path)
+    facts = json.loads(out)
+    assert code == 0 and facts["quant"]["max_level"] == 4
+    levels = facts["levels"]
+    assert levels["8"]["experts_bytes"] == levels["4"]["experts_bytes"]
+    assert levels["8"]["dense_bytes"] > levels["4"]["dense_bytes"]
+    code, _, err = run("convert", "src", "x.emoe", "--max-level", "5", cwd=tmp_path)
+    assert code == 2 and "'5' is not one of '4', '6', '8'" in err
+
+
 def test_progress_in_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter([0.0, 1.0, 6.0, 7.0, 5400.0])
-    monkeypatch.setattr("edgemoe.terminal.convert.time.monotonic", lambda: next(clock))
-    lines = converting._Lines("m.emoe")
+    monkeypatch.setattr("edgemoe.terminal.long_job.time.monotonic", lambda: next(clock))
+    lines = long_job.Lines("m.emoe")
     for done in (1, 2, 3, 4):
         lines(done, 1000, f"part {done}")
     assert capsys.readouterr().err.splitlines() == [

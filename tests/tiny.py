@@ -76,8 +76,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_tiny(directory: Path, name: str, dtype: str = "float32", seed: int = 0) -> Any:
+def make_tiny(
+    directory: Path, name: str, dtype: str = "float32", seed: int = 0, **settings: Any
+) -> Any:
     """Write a tiny random checkpoint with a byte tokenizer; returns the transformers model.
+
+    `settings` go over those of CONFIGS.
 
     Weights are larger than at initialisation, so that routing and attention have something to say.
     """
@@ -105,7 +109,7 @@ def make_tiny(directory: Path, name: str, dtype: str = "float32", seed: int = 0)
         base["num_local_experts"] = base.pop("num_experts")
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(
-        getattr(transformers, kind)(**(base | extra)), attn_implementation="eager"
+        getattr(transformers, kind)(**(base | extra | settings)), attn_implementation="eager"
     )
     with torch.no_grad():
         for key, p in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Model families: what a config.json means and what the tensors are called.
+"""Model families: what a config.json or a GGUF's metadata means, what the tensors are called.
 
 A family is one small file with a `FAMILY`; adding one means writing that file and listing it here.
 """
@@ -11,7 +11,10 @@ from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError, shown
 from . import granitemoe, mixtral, olmoe, qwen2_moe, qwen3_moe
-from .common import ConfigReader, Family
+from .common import ConfigReader
+from .family import Family, GgufForm
+from .gguf import GgufReader
+from .gguf_names import gguf_experts, gguf_lone_expert, gguf_name
 from .tensors import EXPERT_PARTS, ExpertPart, TensorNames, dense_shapes, is_nested
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -28,9 +31,15 @@ __all__ = [
     "ConfigReader",
     "ExpertPart",
     "Family",
+    "GgufForm",
+    "GgufReader",
     "TensorNames",
     "dense_shapes",
     "find_family",
+    "find_gguf_form",
+    "gguf_experts",
+    "gguf_lone_expert",
+    "gguf_name",
     "is_nested",
 ]
 
@@ -55,3 +64,25 @@ def find_family(raw: Mapping[str, Any], where: str = "config.json") -> Family:
             f"{where}: model_type {shown(model_type)} is not supported; supported: {known}"
         )
     return family
+
+
+def find_gguf_form(metadata: Mapping[str, Any], where: str) -> GgufForm:
+    """How to read a GGUF with this metadata.
+
+    Raises:
+        CheckpointError: there is no general.architecture, or it is not a string.
+        UnsupportedError: no family of that architecture; the message lists those there are.
+    """
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise CheckpointError(
+            f"{where}: general.architecture is {shown(architecture)}; it must be a string that"
+            " names the model's architecture"
+        )
+    forms = {f.gguf.architecture: f.gguf for f in FAMILIES.values() if f.gguf is not None}
+    if architecture not in forms:
+        known = ", ".join(sorted(forms))
+        raise UnsupportedError(
+            f"{where}: architecture {shown(architecture)} is not supported; supported: {known}"
+        )
+    return forms[architecture]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError, shown
 from ..types import ModelConfig
 from .inert import ADVICE, FIXED_KEYS, INERT_KEYS
-from .tensors import TensorNames
 
 MAX_SIZE = 1 << 20
 MAX_LAYERS = 1024
@@ -18,29 +16,21 @@ MAX_VOCAB = 1 << 24
 MAX_CONTEXT = 1 << 31
 
 
-@dataclass(frozen=True)
-class Family:
-    """A model family: how its config.json is read and what its tensors are called.
-
-    `parse_config(raw, where)` takes the parsed config.json and how messages call that file.
-    """
-
-    model_type: str
-    parse_config: Callable[[Mapping[str, Any], str], ModelConfig]
-    names: TensorNames
-
-
 class ConfigReader:
     """Takes typed, range-checked values out of a parsed config.json and remembers which.
 
     Every method raises CheckpointError, naming the key and the value, where the value has the
     wrong type, is out of range or is missing without a default, and UnsupportedError where it is
-    sound but asks for something that is not implemented.
+    sound but asks for something that is not implemented. `prefix` goes before keys in messages.
     """
 
-    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+    inert: Collection[str] = INERT_KEYS
+    fixed: Mapping[str, tuple[Any, ...]] = FIXED_KEYS
+
+    def __init__(self, raw: Mapping[str, Any], where: str, prefix: str = "") -> None:
         self.raw = raw
         self.where = where
+        self.prefix = prefix
         self._seen: set[str] = set()
 
     def skip(self, key: str) -> None:
@@ -53,16 +43,18 @@ class ConfigReader:
 
     def bad(self, key: str, need: str) -> CheckpointError:
         """The error for a value of the wrong type or range."""
+        name = self.prefix + key
         if key not in self.raw:
-            return CheckpointError(f"{self.where}: {key} is missing; it must be {need}")
+            return CheckpointError(f"{self.where}: {name} is missing; it must be {need}")
         value = shown(repr(self.raw[key]))
-        return CheckpointError(f"{self.where}: {key} is {value}; it must be {need}")
+        return CheckpointError(f"{self.where}: {name} is {value}; it must be {need}")
 
     def unsupported(self, key: str) -> UnsupportedError:
         """The error for a sound value that asks for something not implemented."""
         value = shown(repr(self.raw[key]))
         advice = ADVICE.get(key, "a model that needs it cannot be run")
-        return UnsupportedError(f"{self.where}: {key} = {value} is not supported; {advice}")
+        name = self.prefix + key
+        return UnsupportedError(f"{self.where}: {name} = {value} is not supported; {advice}")
 
     def integer(self, key: str, *, least: int = 1, most: int, default: int | None = None) -> int:
         """An integer in [least, most]; null or absent gives `default`, an error without one."""
@@ -137,14 +129,14 @@ class ConfigReader:
     def finish(self) -> None:
         """Refuse keys nobody asked for, unless they are known to change nothing."""
         for key in self.raw:
-            if key in self._seen or key in INERT_KEYS:
+            if key in self._seen or key in self.inert:
                 continue
-            if key in FIXED_KEYS:
-                self.only(key, *FIXED_KEYS[key])
+            if key in self.fixed:
+                self.only(key, *self.fixed[key])
             else:
-                value = shown(repr(self.raw[key]))
+                name, value = shown(self.prefix + key), shown(repr(self.raw[key]))
                 raise UnsupportedError(
-                    f"{self.where}: unknown key {shown(key)} = {value}; edgemoe cannot tell what"
+                    f"{self.where}: unknown key {name} = {value}; edgemoe cannot tell what"
                     " it changes: remove it if the model computes the same without it"
                 )
 

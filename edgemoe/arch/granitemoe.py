@@ -12,7 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ..types import ModelConfig
-from .common import ConfigReader, Family, base_config
+from .common import ConfigReader, base_config
+from .family import Family, GgufForm
+from .gguf import GgufReader, gguf_config
 from .tensors import LLAMA_ROLES, TensorNames
 
 _MOST = 1e6
@@ -43,6 +45,20 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     return config
 
 
+def parse_gguf(keys: GgufReader) -> ModelConfig:
+    """ModelConfig of the metadata of a granitemoe GGUF."""
+    base = gguf_config(keys, model_type="granitemoe", norm_topk_prob=True)
+    config = replace(
+        base,
+        embedding_multiplier=keys.scale("embedding_scale", most=_MOST) or 1.0,
+        residual_multiplier=keys.scale("residual_scale", most=_MOST) or 1.0,
+        attention_multiplier=keys.scale("attention.scale", most=_MOST),
+        logits_scaling=keys.required("logit_scale", most=_MOST),
+    )
+    keys.finish()
+    return config
+
+
 FAMILY = Family(
     "granitemoe",
     parse_config,
@@ -53,4 +69,5 @@ FAMILY = Family(
             "block_sparse_moe.output_linear.weight",
         ),
     ),
+    GgufForm("granitemoe", parse_gguf, paired_rows=True),
 )

@@ -11,7 +11,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ..types import ModelConfig
-from .common import MAX_CONTEXT, ConfigReader, Family, base_config
+from .common import MAX_CONTEXT, ConfigReader, base_config
+from .family import Family, GgufForm
+from .gguf import GgufReader, gguf_config, gguf_windows
 from .tensors import LLAMA_ROLES, TensorNames
 
 
@@ -36,6 +38,14 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     return config
 
 
+def parse_gguf(keys: GgufReader) -> ModelConfig:
+    """ModelConfig of the metadata of a GGUF of the llama architecture that has experts."""
+    base = gguf_config(keys, model_type="mixtral", norm_topk_prob=True)
+    window, full = gguf_windows(keys, base.num_hidden_layers)
+    keys.finish()
+    return replace(base, sliding_window=window, full_attention_layers=full)
+
+
 FAMILY = Family(
     "mixtral",
     parse_config,
@@ -47,4 +57,5 @@ FAMILY = Family(
             "down": "block_sparse_moe.experts.{expert}.w2.weight",
         },
     ),
+    GgufForm("llama", parse_gguf, paired_rows=True),
 )

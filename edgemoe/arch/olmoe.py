@@ -11,7 +11,9 @@ from typing import Any
 
 from ..errors import UnsupportedError
 from ..types import ModelConfig
-from .common import ConfigReader, Family, base_config
+from .common import ConfigReader, base_config
+from .family import Family, GgufForm
+from .gguf import GgufReader, gguf_config
 from .tensors import TensorNames
 
 
@@ -25,11 +27,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         rms_norm_eps=1e-5,
         max_position_embeddings=4096,
     )
-    if base.num_attention_heads * base.head_dim != base.hidden_size:
-        raise UnsupportedError(
-            f"{where}: head_dim {base.head_dim} x num_attention_heads {base.num_attention_heads}"
-            f" is not hidden_size {base.hidden_size}; OLMoE's QK-norm needs them equal"
-        )
+    _check_width(base, where)
     config = replace(
         base,
         qk_norm="full",
@@ -41,4 +39,22 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     return config
 
 
-FAMILY = Family("olmoe", parse_config, TensorNames())
+def parse_gguf(keys: GgufReader) -> ModelConfig:
+    """ModelConfig of the metadata of an olmoe GGUF."""
+    base = gguf_config(keys, model_type="olmoe", norm_topk_prob=False, qk_norm="full")
+    _check_width(base, keys.where)
+    config = replace(base, clip_qkv=keys.scale("attention.clamp_kqv", most=1e9))
+    keys.finish()
+    return config
+
+
+def _check_width(config: ModelConfig, where: str) -> None:
+    if config.num_attention_heads * config.head_dim != config.hidden_size:
+        raise UnsupportedError(
+            f"{where}: head_dim {config.head_dim} x num_attention_heads"
+            f" {config.num_attention_heads} is not hidden_size {config.hidden_size}; OLMoE's"
+            " QK-norm needs them equal"
+        )
+
+
+FAMILY = Family("olmoe", parse_config, TensorNames(), GgufForm("olmoe", parse_gguf))

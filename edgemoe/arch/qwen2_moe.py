@@ -10,7 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from ..types import ModelConfig
-from .common import ConfigReader, Family, base_config, dense_layers, windows_by_layer
+from .common import ConfigReader, base_config, dense_layers, windows_by_layer
+from .family import Family, GgufForm
+from .gguf import GgufReader, gguf_config, gguf_windows
 from .tensors import TensorNames
 
 
@@ -40,4 +42,22 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     return config
 
 
-FAMILY = Family("qwen2_moe", parse_config, TensorNames())
+def parse_gguf(keys: GgufReader) -> ModelConfig:
+    """ModelConfig of the metadata of a qwen2moe GGUF."""
+    base = gguf_config(keys, model_type="qwen2_moe", norm_topk_prob=False, dense_mlp=True)
+    window, full = gguf_windows(keys, base.num_hidden_layers)
+    key = "expert_shared_feed_forward_length"
+    # Files from before that key: the shared expert is as wide as a plain MLP.
+    shared = keys.size(key if keys.raw.get(key) else "feed_forward_length")
+    keys.skip(key)
+    keys.skip("expert_shared_count")
+    keys.finish()
+    return replace(
+        base,
+        sliding_window=window,
+        full_attention_layers=full,
+        shared_expert_intermediate_size=shared,
+    )
+
+
+FAMILY = Family("qwen2_moe", parse_config, TensorNames(), GgufForm("qwen2moe", parse_gguf))

@@ -10,7 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from ..types import ModelConfig
-from .common import ConfigReader, Family, base_config, dense_layers, sliding_window
+from .common import ConfigReader, base_config, dense_layers, sliding_window
+from .family import Family, GgufForm
+from .gguf import GgufReader, gguf_config, gguf_windows
 from .tensors import TensorNames
 
 
@@ -39,4 +41,14 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     return config
 
 
-FAMILY = Family("qwen3_moe", parse_config, TensorNames())
+def parse_gguf(keys: GgufReader) -> ModelConfig:
+    """ModelConfig of the metadata of a qwen3moe GGUF."""
+    base = gguf_config(
+        keys, model_type="qwen3_moe", norm_topk_prob=True, qk_norm="head", dense_mlp=True
+    )
+    window, full = gguf_windows(keys, base.num_hidden_layers)
+    keys.finish()
+    return replace(base, sliding_window=window, full_attention_layers=full)
+
+
+FAMILY = Family("qwen3_moe", parse_config, TensorNames(), GgufForm("qwen3moe", parse_gguf))

@@ -1,16 +1,38 @@
-"""Small bounded reads of the files of a checkpoint, and strict JSON."""
+"""Reads of the files of a checkpoint: small ones whole, weights in place; and strict JSON."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import CheckpointError, shown
+from ..types import F32
 
 MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """What tells that a file is still the one whose header was checked."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @staticmethod
+    def of(fd: int) -> FileStamp:
+        """Stamp of an open file."""
+        now = os.fstat(fd)
+        return FileStamp(now.st_size, now.st_mtime_ns, now.st_ino)
 
 
 def open_regular(path: Path) -> int:
@@ -28,6 +50,62 @@ def open_regular(path: Path) -> int:
         os.close(fd)
         raise CheckpointError(f"cannot read {shown(path)}: it is not a regular file")
     return fd
+
+
+def open_unchanged(path: Path, stamp: FileStamp) -> int:
+    """As `open_regular`, for a file that must still be the one of that stamp."""
+    fd = open_regular(path)
+    if FileStamp.of(fd) != stamp:
+        os.close(fd)
+        raise CheckpointError(f"{shown(path)} changed while it was being read; start again")
+    return fd
+
+
+def read_into(fd: int, out: np.ndarray[Any, Any], offset: int, where: str) -> None:
+    """Fill `out` with the file's bytes [offset, offset + out.nbytes), read for `where`."""
+    view = out.view(np.uint8).data
+    done = 0
+    while done < len(view):
+        try:
+            got = os.preadv(fd, [view[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{where}: {error.strerror}") from error
+        if got == 0:
+            raise CheckpointError(f"{where} was truncated while it was read")
+        done += got
+
+
+def drop_cached(fd: int, offset: int, size: int) -> None:
+    """Let go of bytes that were read once: keeping them cached would push other files out."""
+    with suppress(OSError):
+        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
+
+
+def require_finite(values: F32, first: int, columns: int, where: str) -> None:
+    """Raise CheckpointError where one of `values` is NaN or infinite.
+
+    values: float32, flat; the first is number `first` of a matrix with so many `columns`.
+    """
+    sound = np.isfinite(values)
+    if not sound.all():
+        bad = int(np.argmin(sound))
+        row, column = divmod(first + bad, columns)
+        raise CheckpointError(
+            f"{where} holds {values[bad]:g} at row {row}, column {column};"
+            " the checkpoint is damaged or its training diverged"
+        )
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Pause the cyclic collector: parsing makes many objects, no cycles, and walking them costs."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def read_small(path: Path, limit: int) -> bytes:

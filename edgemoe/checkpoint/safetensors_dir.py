@@ -7,7 +7,6 @@ stays at what the caller holds.
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,16 @@ import numpy as np
 
 from ..errors import CheckpointError, UnsupportedError, shown
 from ..types import F32
-from .files import open_regular, parse_object, read_small
-from .safetensors_header import MAX_HEADER, FileStamp, TensorInfo, read_header
+from .files import (
+    FileStamp,
+    drop_cached,
+    open_unchanged,
+    parse_object,
+    read_into,
+    read_small,
+    require_finite,
+)
+from .safetensors_header import MAX_HEADER, TensorInfo, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,6 +39,7 @@ class SafetensorsDir:
     Attributes:
         directory: where the files are.
         tensors: every tensor of every file.
+        files: the files read, the index first if there is one.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -45,6 +53,7 @@ class SafetensorsDir:
             if index is not None:
                 _check_shard(infos, path, index)
             self.tensors.update(infos)
+        self.files = [directory / INDEX] * (index is not None) + list(self._stamps)
 
     def read_rows(self, info: TensorInfo, first: int, count: int) -> F32:
         """float32 [count, columns]: rows [first, first + count) of a tensor seen as a matrix.
@@ -70,21 +79,13 @@ class SafetensorsDir:
             for at in range(0, flat.size, _CHUNK):
                 part = flat[at : at + _CHUNK]
                 if scratch is None:
-                    self._fill(fd, part, begin + at * width, info)
+                    read_into(fd, part, begin + at * width, info.where)
                 else:
                     raw = scratch[: part.size]
-                    self._fill(fd, raw, begin + at * width, info)
+                    read_into(fd, raw, begin + at * width, info.where)
                     _widen(raw, info.dtype, part)
-                if not np.isfinite(part).all():
-                    bad = at + int(np.flatnonzero(~np.isfinite(part))[0])
-                    row, column = first + bad // columns, bad % columns
-                    raise CheckpointError(
-                        f"{info.where} holds {flat[bad]:g} at row {row}, column {column};"
-                        " the checkpoint is damaged or its training diverged"
-                    )
-            # The bytes are converted once: keeping them cached would push other files out.
-            with suppress(OSError):
-                os.posix_fadvise(fd, begin, flat.size * width, os.POSIX_FADV_DONTNEED)
+                require_finite(part, first * columns + at, columns, info.where)
+            drop_cached(fd, begin, flat.size * width)
         finally:
             os.close(fd)
         return out
@@ -97,8 +98,8 @@ class SafetensorsDir:
         try:
             for at in range(0, a.nbytes, _CHUNK):
                 left, right = np.empty((2, min(_CHUNK, a.nbytes - at)), np.uint8)
-                self._fill(fds[0], left, a.offset + at, a)
-                self._fill(fds[1], right, b.offset + at, b)
+                read_into(fds[0], left, a.offset + at, a.where)
+                read_into(fds[1], right, b.offset + at, b.where)
                 if not np.array_equal(left, right):
                     return False
         finally:
@@ -107,24 +108,7 @@ class SafetensorsDir:
         return True
 
     def _open(self, file: Path) -> int:
-        fd = open_regular(file)
-        if FileStamp.of(fd) != self._stamps[file]:
-            os.close(fd)
-            raise CheckpointError(f"{shown(file)} changed while it was being read; start again")
-        return fd
-
-    def _fill(self, fd: int, out: np.ndarray[Any, Any], offset: int, info: TensorInfo) -> None:
-        """Read bytes [offset, offset + out.nbytes) into `out`."""
-        view = out.view(np.uint8).data
-        done = 0
-        while done < len(view):
-            try:
-                got = os.preadv(fd, [view[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(f"{info.where}: {error.strerror}") from error
-            if got == 0:
-                raise CheckpointError(f"{info.where} was truncated while it was read")
-            done += got
+        return open_unchanged(file, self._stamps[file])
 
 
 def unsupported_dtype(info: TensorInfo) -> UnsupportedError:

@@ -6,18 +6,15 @@ Source: https://github.com/huggingface/safetensors, README, "Format".
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, UnsupportedError, shown
-from .files import open_regular, parse_object
+from .files import FileStamp, no_collection, open_regular, parse_object
 
 MAX_HEADER = 100_000_000
 """Bytes; the safetensors library refuses longer headers too."""
@@ -51,21 +48,6 @@ DTYPE_BITS = {
     "F64": 64,
     "C64": 64,
 }
-
-
-@dataclass(frozen=True)
-class FileStamp:
-    """What tells that a file is still the one whose header was checked."""
-
-    size: int
-    mtime_ns: int
-    inode: int
-
-    @staticmethod
-    def of(fd: int) -> FileStamp:
-        """Stamp of an open file."""
-        now = os.fstat(fd)
-        return FileStamp(now.st_size, now.st_mtime_ns, now.st_ino)
 
 
 class TensorInfo(NamedTuple):
@@ -102,7 +84,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], FileStamp]:
         raise CheckpointError(f"cannot read {shown(path)}: {error.strerror}") from error
     finally:
         os.close(fd)
-    with _no_collection():
+    with no_collection():
         raw = parse_object(data, f"{shown(path)}: the header")
         _check_metadata(raw.pop("__metadata__", None), path)
         tensors = {name: _tensor_info(name, entry, path, start) for name, entry in raw.items()}
@@ -114,18 +96,6 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], FileStamp]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{shown(path)} is damaged: {shown(str(error))}") from error
     return tensors, stamp
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pause the cyclic collector: parsing makes many objects, no cycles, and walking them costs."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _header_bytes(fd: int, path: Path, size: int) -> tuple[bytes, int]:
