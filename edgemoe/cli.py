@@ -247,20 +247,32 @@ Examples:
   hf download allenai/OLMoE-1B-7B-0924 --local-dir OLMoE-1B-7B
   edgemoe convert OLMoE-1B-7B olmoe.emoe
   edgemoe convert OLMoE-1B-7B olmoe.emoe --force   replace an older olmoe.emoe
+  edgemoe convert Qwen3-30B-A3B-Q4_K_M.gguf qwen3.emoe
+  edgemoe convert Qwen3-30B-A3B qwen3.emoe --max-level 4   17 GB in place of 32
 """,
 )
 @click.argument("src", metavar="SRC")
 @click.argument("out", metavar="OUT")
+@click.option(
+    "--max-level",
+    type=click.Choice(["4", "6", "8"]),
+    help="Most bits of an expert that are kept.  [default: as many as the source has]",
+)
 @click.option("--force", is_flag=True, help="Replace OUT if it is a store already.")
-def convert(src: str, out: str, force: bool) -> int:
-    """Make OUT, a store, from SRC, a Hugging Face checkpoint directory.
+def convert(src: str, out: str, max_level: str | None, force: bool) -> int:
+    """Make OUT, a store, from SRC, a Hugging Face checkpoint directory or a GGUF file.
 
-    The store holds every weight at 2, 3, 4, 6 and 8 bits at once. Memory stays below 1 GB whatever
-    the size. OUT appears when it is complete: an interrupted conversion leaves nothing.
+    Of a GGUF in parts give any part; those of types F32, F16, BF16, Q8_0, Q6_K, Q5_K, Q4_K, Q3_K,
+    Q2_K, Q5_1, Q5_0, Q4_1, Q4_0, IQ4_NL and MXFP4 can be read, with tokenizer and chat template.
+
+    The store holds every weight at 2, 3, 4, 6 and 8 bits at once; experts stop at --max-level, by
+    default at what the source has: 4 bits of a Q4_K_M file, 8 of a checkpoint. Memory stays below
+    1 GB whatever the size. OUT appears when it is complete: an interrupted conversion leaves
+    nothing.
     """
     from .terminal import convert as converting
 
-    return converting.run(src, out, force=force)
+    return converting.run(src, out, max_level=int(max_level) if max_level else None, force=force)
 
 
 @cli.command(
@@ -271,16 +283,24 @@ Examples:
   edgemoe eval olmoe.emoe --text wiki.test.raw --bits 4      perplexity at 4 bits
   edgemoe eval olmoe.emoe --text a.txt --ref OLMoE-1B-7B     and the distance from the original
   edgemoe eval olmoe.emoe --text a.txt --ref OLMoE-1B-7B --bits 3 --versus 4
+  edgemoe eval olmoe.emoe --lambada lambada_test.jsonl --piqa piqa_valid.jsonl
 """,
 )
 @click.argument("store", metavar="STORE")
+@click.option("--text", "texts", metavar="FILE", multiple=True, help="UTF-8 text; may be repeated.")
 @click.option(
-    "--text",
-    "texts",
+    "--lambada", metavar="FILE", help='Predict last words: lines of {"text": ...}; as lm-eval does.'
+)
+@click.option(
+    "--piqa",
     metavar="FILE",
-    multiple=True,
-    required=True,
-    help="UTF-8 text; again for more files.",
+    help='Choose solutions: lines of {"goal", "sol1", "sol2"}; NAME-labels.lst beside NAME.jsonl.',
+)
+@click.option(
+    "--limit",
+    callback=number(1, 2**31 - 1, whole=True),
+    metavar="N",
+    help="Take the first N questions of each file.",
 )
 @_loading
 @click.option(
@@ -288,9 +308,8 @@ Examples:
 )
 @click.option(
     "--ref",
-    metavar="CHECKPOINT",
-    help="The checkpoint the store was made of, run in float32: all of it must fit in memory, "
-    "beside --mem.",
+    metavar="CHECKPOINT|FILE.gguf",
+    help="What the store was made of, run in float32; under --mem, layer by layer where it must.",
 )
 @click.option(
     "--ctx",
@@ -312,9 +331,15 @@ Examples:
     metavar="N",
     help="Stop after so many windows.",
 )
+@click.option(
+    "--parse-special",
+    is_flag=True,
+    help="Take <|endoftext|> and the like in a text as the tokens they spell, not as text.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(**settings: Any) -> int:
-    """Measure STORE on texts: perplexity and bits per byte, each with its standard error.
+    """Measure STORE: perplexity and bits per byte of texts, each with its standard error, and the
+    accuracy on LAMBADA and PIQA, with 95 % intervals.
 
     Windows and scored tokens are llama.cpp's: windows of --ctx tokens that do not overlap, the
     second half scored. With --ref also KL divergence from the reference, its 99th percentile, the
@@ -326,6 +351,46 @@ def evaluate(**settings: Any) -> int:
 
     require_store(settings["store"])
     return evaluating.run(evaluating.EvalOptions(**settings))
+
+
+@cli.command(
+    short_help="Make a GGUF file for llama.cpp.",
+    epilog="""\b
+Examples:
+  edgemoe export olmoe.emoe olmoe-q8_0.gguf --type q8_0
+  edgemoe export OLMoE-1B-7B olmoe-f16.gguf          straight from the checkpoint
+  edgemoe export olmoe.emoe olmoe-3.gguf --bits 3    what 3-bit experts compute
+""",
+)
+@click.argument("src", metavar="SRC")
+@click.argument("out", metavar="OUT")
+@click.option(
+    "--type",
+    "type_",
+    type=click.Choice(("f16", "q8_0")),
+    default="f16",
+    show_default=True,
+    help="Of the matrices: float16, or 8 bits with a scale for every 32 weights.",
+)
+@click.option(
+    "--bits",
+    callback=level,
+    metavar=_LEVEL,
+    help="Write the experts of a store as they are at these bits.  [default: its highest]",
+)
+@click.option("--force", is_flag=True, help="Replace OUT if it is a GGUF file already.")
+def export(src: str, out: str, type_: str, bits: int | None, force: bool) -> int:
+    """Make OUT, a GGUF file that llama.cpp runs, from SRC, a store or a checkpoint.
+
+    It computes the same model, tokenizer and chat template included; what llama.cpp cannot compute
+    is refused by name. Memory stays below 1 GB whatever the size. OUT appears when it is complete:
+    an interrupted export leaves nothing.
+    """
+    from .terminal import export as exporting
+
+    return exporting.run(
+        src, out, type="q8_0" if type_ == "q8_0" else "f16", bits=bits, force=force
+    )
 
 
 @cli.command(

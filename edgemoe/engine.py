@@ -16,19 +16,19 @@ import numpy as np
 from . import kernels
 from .chat import ChatTemplate
 from .cpu_attn.kv_cache import KVCache
-from .errors import CheckpointError, KernelError, StoreError, UsageError
+from .errors import CheckpointError, KernelError, StoreError, UsageError, shown
 from .generation import Generation
 from .layout import RecordLayout
 from .loader import budget as memory
 from .loader.arena import Arena
 from .loader.resident import Progress, ResidentExperts, dense_bytes, expert_bytes, float_bytes
-from .model import Span, Weights, forward
+from .model import Span, Weights, hidden, logits
 from .perfmodel import fit
 from .pipeline.serial import SerialExperts
 from .sampling import SamplingParams, from_generation_config
 from .store import Store
 from .tokenizer import Tokenizer
-from .types import F32, ModelConfig, RunPlan, Stats
+from .types import F32, I64, ModelConfig, RunPlan, Stats
 from .weights import from_store
 
 DEFAULT_CTX = 4096
@@ -113,9 +113,10 @@ def _plan(
     dense_bits: int | None,
     ctx_size: int,
     threads: int,
+    reserve: int,
 ) -> RunPlan:
     store, cfg = opened.store, opened.config
-    levels = store.quant.levels
+    quant = store.quant
     chunk = min(PREFILL_CHUNK, ctx_size)
     dense: list[RecordLayout] = [t.layout for t in store.tensors.values() if t.layout is not None]
     experts = len(cfg.moe_layers) * cfg.num_experts
@@ -136,11 +137,18 @@ def _plan(
     footprint = fit.Footprint(
         weights=weights,
         kv_per_token=cfg.kv_bytes_per_token,
-        scratch=pool_scratch + fit.activation_bytes(cfg, chunk),
+        scratch=pool_scratch + fit.activation_bytes(cfg, chunk) + reserve,
         process=memory.rss_bytes(),
     )
     level, dense_level, parts = fit.choose_level(
-        footprint, ceiling, ctx_size, levels, bits, dense_bits, memory.format_size
+        footprint,
+        ceiling,
+        ctx_size,
+        quant.expert_levels,
+        quant.levels,
+        bits,
+        dense_bits,
+        memory.format_size,
     )
     return RunPlan(level, dense_level, ctx_size, chunk, threads, parts)
 
@@ -154,6 +162,7 @@ def load(
     ctx_size: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    reserve: int = 0,
 ) -> Model:
     """Load a store (None: the bundled model) under a memory ceiling.
 
@@ -166,6 +175,7 @@ def load(
         ctx_size: most tokens of prompt and answer together; None: the model's own, at most 4096.
         threads: worker threads; None: one for each CPU this process may use.
         progress: called with (bytes read, bytes in all) while experts are read.
+        reserve: bytes under the ceiling that the caller will use itself.
 
     Raises:
         UsageError: a setting out of range. StoreError: the store cannot be used.
@@ -177,10 +187,15 @@ def load(
         memory.parse_size(mem)
     opened = path if isinstance(path, OpenedModel) else open_model(path)
     try:
-        cfg, levels = opened.config, opened.store.quant.levels
+        cfg, quant = opened.config, opened.store.quant
         for name, value in (("bits", bits), ("dense_bits", dense_bits)):
-            if value is not None and value not in levels:
-                raise UsageError(f"{name} must be one of {_either(levels)}, not {value}")
+            if value is not None and value not in quant.levels:
+                raise UsageError(f"{name} must be one of {_either(quant.levels)}, not {value}")
+        if bits is not None and bits > quant.max_level:
+            raise UsageError(
+                f"bits is {bits}, but the experts of {shown(opened.store.path)} were kept up to "
+                f"{quant.max_level} bits; convert the model again with --max-level {bits}"
+            )
         longest = cfg.max_position_embeddings
         ctx = min(longest, DEFAULT_CTX) if ctx_size is None else ctx_size
         if not 1 <= ctx <= longest:
@@ -188,7 +203,8 @@ def load(
                 f"the context size must be from 1 to {longest} for this model, not {ctx}"
             )
         ceiling = memory.resolve_ceiling(mem)
-        plan = _plan(opened, ceiling, bits, dense_bits, ctx, threads or kernels.default_threads())
+        workers = threads or kernels.default_threads()
+        plan = _plan(opened, ceiling, bits, dense_bits, ctx, workers, reserve)
         return Model(opened, plan, progress)
     except BaseException:
         opened.close()
@@ -233,12 +249,13 @@ class Model:
         self.generation_defaults = opened.generation_defaults
         self.store_path, self.plan = opened.path, plan
         self._opened = opened
-        levels = opened.store.quant.levels
+        quant = opened.store.quant
         self._pool = kernels.new_pool(plan.threads)
         arena = Arena(plan.budget.weights)
-        dense_level = levels.index(plan.dense_bits)
+        dense_level = quant.levels.index(plan.dense_bits)
         self._weights: Weights | None = from_store(opened.store, self._pool, arena, dense_level)
-        resident = ResidentExperts(opened.store, arena, levels.index(plan.bits), progress)
+        level = quant.expert_levels.index(plan.bits)
+        resident = ResidentExperts(opened.store, arena, level, progress)
         self._experts: SerialExperts | None = SerialExperts(self._pool, resident)
         self._busy = False
 
@@ -264,11 +281,20 @@ class Model:
 
     def forward(self, tokens: Sequence[int], spans: Sequence[Span], want: Sequence[int]) -> F32:
         """Logits float32 [len(want), vocab] of rows `want` of a flat batch (see model.forward)."""
+        return self.logits(self.hidden(tokens, spans)[np.asarray(want, np.int64)])
+
+    def hidden(self, tokens: Sequence[int] | I64, spans: Sequence[Span]) -> F32:
+        """What the last layer leaves of a flat batch: float32 [n, hidden] (see model.hidden)."""
         if self._weights is None or self._experts is None:
             raise UsageError("this model is closed: load it again")
         ids = np.asarray(tokens, np.int64)
-        rows = np.asarray(want, np.int64)
-        return forward(self._weights, self._experts, self._pool, ids, spans, rows)
+        return hidden(self._weights, self._experts, self._pool, ids, spans)
+
+    def logits(self, x: F32) -> F32:
+        """Logits float32 [n, vocab] of rows of `hidden`."""
+        if self._weights is None:
+            raise UsageError("this model is closed: load it again")
+        return logits(self._weights, self._pool, x)
 
     def stream(
         self,

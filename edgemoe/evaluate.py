@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,19 +21,27 @@ from .types import F32, I64
 
 F64 = NDArray[np.float64]
 
-ROWS = 64
-"""Rows of logits looked at together: bounds the float64 copies of a large vocabulary."""
+LOGITS = 1 << 22
+"""Logits that a runner gives at a time, at most: 16 MiB."""
+
+SCORED = 1 << 19
+"""Logits looked at together, at most: each of their float64 copies takes 4 MiB."""
 
 Runner = Callable[[I64, int], Iterator[F32]]
-"""(tokens of a window, first row wanted) -> blocks of logits float32 [n, vocab], rows in order."""
+"""(tokens, first row wanted) -> blocks of logits float32 [n, vocab], rows first .. len - 1."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """tokens: int64 [ctx]; rows first .. ctx - 2 are scored, row j predicts token j + 1."""
+    """tokens: int64 [n]; rows first .. n - 2 are scored, row j predicts token j + 1."""
 
     tokens: I64
     first: int
+
+    @property
+    def inputs(self) -> I64:
+        """What the model has to see: the last token is only predicted."""
+        return self.tokens[:-1]
 
     @property
     def targets(self) -> I64:
@@ -66,6 +74,17 @@ def windows(ids: Sequence[int], ctx: int, stride: int, bos: int | None) -> list[
             first = max(ctx - stride - 1, 0)  # the tokens no earlier window has scored
         out.append(Window(tokens, first))
     return out
+
+
+def rows_at_once(vocab: int, logits: int) -> int:
+    """How many rows of `vocab` logits make at most so many logits: 1 to 64."""
+    return min(max(logits // vocab, 1), 64)
+
+
+def scratch_bytes(vocab: int, kept: int = 0) -> int:
+    """Bytes that a block of logits and its scoring against `kept` tokens a row take at most."""
+    scored = rows_at_once(vocab, SCORED)
+    return 4 * vocab * rows_at_once(vocab, LOGITS) + scored * (40 * vocab + 48 * kept)
 
 
 def log_softmax(logits: F32) -> F64:
@@ -113,18 +132,29 @@ class ReferenceRows:
         return ReferenceRows(self.ids[part], self.logp[part], self.rest[part], self.true_logp[part])
 
 
+class References(Protocol):
+    """A reference's distributions for every scored row of some windows."""
+
+    def rows(self, window: int, first: int, stop: int) -> ReferenceRows:
+        """Scored rows [first, stop) of a window."""
+        ...
+
+
 @dataclass(frozen=True)
 class TokenScores:
-    """Per scored token, float64 [tokens]; the last three only against a reference.
+    """Per scored token, float64 [tokens]; all but nll only against a reference.
 
     nll: -ln p(token). kld: KL(reference || model) in nats. same_top: 1 where both put the same
-    token first. delta_p: p(token) minus the reference's.
+    token first. delta_p: p(token) minus the reference's. ref_nll: the reference's nll. ref_rest:
+    probability of the tokens that were not kept of the reference one by one.
     """
 
     nll: F64
     kld: F64 | None = None
     same_top: F64 | None = None
     delta_p: F64 | None = None
+    ref_nll: F64 | None = None
+    ref_rest: F64 | None = None
 
 
 def score(logits: F32, targets: I64, reference: ReferenceRows | None = None) -> TokenScores:
@@ -141,29 +171,35 @@ def score(logits: F32, targets: I64, reference: ReferenceRows | None = None) -> 
     with np.errstate(divide="ignore", invalid="ignore"):
         kld += np.where(rest > 0, rest * (np.log(rest) - np.log(rest_q)), 0.0)
     same = (logq.argmax(axis=1) == reference.ids[:, 0]).astype(np.float64)
-    delta = np.exp(true) - np.exp(reference.true_logp.astype(np.float64))
-    return TokenScores(-true, np.maximum(kld, 0.0), same, delta)
+    true_p = reference.true_logp.astype(np.float64)
+    delta = np.exp(true) - np.exp(true_p)
+    return TokenScores(-true, np.maximum(kld, 0.0), same, delta, -true_p, rest)
+
+
+def target_logits(run: Runner, window: Window) -> Iterator[tuple[int, F32, I64]]:
+    """Pieces of a window: (first scored row, logits float32 [n, vocab], targets int64 [n])."""
+    targets, at = window.targets, 0
+    for block in run(window.inputs, window.first):
+        step = rows_at_once(block.shape[1], SCORED)
+        for first in range(0, len(block), step):
+            rows = block[first : first + step]
+            yield at, rows, targets[at : at + len(rows)]
+            at += len(rows)
 
 
 def score_windows(
     run: Runner,
     todo: Sequence[Window],
-    references: Sequence[ReferenceRows] | None = None,
+    references: References | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[TokenScores]:
     """Scores of every window, in order. progress: called with (windows done, windows in all)."""
     out = []
     for i, window in enumerate(todo):
-        parts, at = [], 0
-        for block in run(window.tokens, window.first):
-            for first in range(0, len(block), ROWS):
-                rows = block[first : first + ROWS][: len(window.targets) - at]
-                if not len(rows):  # the last row of a window predicts a token beyond it
-                    continue
-                targets = window.targets[at : at + len(rows)]
-                known = None if references is None else references[i].rows(at, at + len(rows))
-                parts.append(score(rows, targets, known))
-                at += len(rows)
+        parts = []
+        for at, logits, targets in target_logits(run, window):
+            known = None if references is None else references.rows(i, at, at + len(targets))
+            parts.append(score(logits, targets, known))
         out.append(_joined(parts))
         if progress is not None:
             progress(i + 1, len(todo))
@@ -179,7 +215,7 @@ def _joined(parts: Sequence[TokenScores]) -> TokenScores:
     return TokenScores(np.empty(0) if nll is None else nll, *map(join, _AGAINST))
 
 
-_AGAINST = ("kld", "same_top", "delta_p")
+_AGAINST = ("kld", "same_top", "delta_p", "ref_nll", "ref_rest")
 
 
 @dataclass(frozen=True)
@@ -187,7 +223,8 @@ class Summary:
     """Means over scored tokens with standard errors (tokens taken as independent, as llama.cpp).
 
     bits_per_byte counts the UTF-8 bytes of the scored tokens. rms_delta_p is the root mean square
-    change of the true token's probability.
+    change of the true token's probability. ref_rest is the mean probability of all tokens that were
+    not kept of the reference one by one.
     """
 
     tokens: int
@@ -196,6 +233,8 @@ class Summary:
     bits_per_byte: float
     bits_per_byte_se: float
     ref_ppl: float | None = None
+    ref_ppl_se: float | None = None
+    ref_rest: float | None = None
     kld: float | None = None
     kld_se: float | None = None
     kld_p99: float | None = None
@@ -206,27 +245,30 @@ class Summary:
     rms_delta_p_se: float | None = None
 
 
-def summarize(
-    scores: Sequence[TokenScores], scored_bytes: int, references: Sequence[ReferenceRows] | None
-) -> Summary:
+def summarize(scores: Sequence[TokenScores], scored_bytes: int) -> Summary:
     """Figures over all windows."""
     s = _joined(scores)
     n = len(s.nll)
     mean, se = mean_se(s.nll)
     to_bits = n / math.log(2) / max(scored_bytes, 1)
-    plain = Summary(n, math.exp(mean), math.exp(mean) * se, mean * to_bits, se * to_bits)
-    if s.kld is None or s.same_top is None or s.delta_p is None or references is None:
+    ppl = perplexity(mean)
+    plain = Summary(n, ppl, ppl * se, mean * to_bits, se * to_bits)
+    if s.kld is None or s.same_top is None or s.delta_p is None:
+        return plain
+    if s.ref_nll is None or s.ref_rest is None:
         return plain
     kld, kld_se = mean_se(s.kld)
     same, same_se = mean_se(s.same_top)
     square, square_se = mean_se(s.delta_p**2)
     rms = math.sqrt(square)
-    ref_nll = -np.concatenate([r.true_logp for r in references]).astype(np.float64)
+    ref, ref_se = mean_se(s.ref_nll)
     p99, p99_se = quantile_se(s.kld, 0.99)
     return Summary(
         **{
             **plain.__dict__,
-            "ref_ppl": math.exp(float(ref_nll.mean())),
+            "ref_ppl": perplexity(ref),
+            "ref_ppl_se": perplexity(ref) * ref_se,
+            "ref_rest": float(s.ref_rest.mean()),
             "kld": kld,
             "kld_se": kld_se,
             "kld_p99": p99,
@@ -237,6 +279,11 @@ def summarize(
             "rms_delta_p_se": square_se / (2 * rms) if rms else 0.0,
         }
     )
+
+
+def perplexity(nll: float) -> float:
+    """exp, of what has an exponential at all: beyond e^700 a model is not telling anything."""
+    return math.exp(min(nll, 700.0))
 
 
 def mean_se(x: F64) -> tuple[float, float]:
@@ -258,14 +305,17 @@ def quantile_se(x: F64, share: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Paired bootstrap over windows of mean(a) - mean(b) and mean(a) / mean(b), 95 % intervals."""
+    """Paired bootstrap over windows of mean(a) - mean(b) and mean(a) / mean(b), 95 % intervals.
+
+    The ratio is None where mean(b) is not above zero in every draw.
+    """
 
     difference: float
     difference_low: float
     difference_high: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
+    ratio: float | None
+    ratio_low: float | None
+    ratio_high: float | None
 
 
 def compare(a: Sequence[F64], b: Sequence[F64], rounds: int = 2000, seed: int = 0) -> Comparison:
@@ -280,15 +330,14 @@ def compare(a: Sequence[F64], b: Sequence[F64], rounds: int = 2000, seed: int = 
         raise UsageError("two settings can only be compared on the same windows")
     sums = np.array([[x.sum(), y.sum(), len(x)] for x, y in zip(a, b, strict=True)])
     rng = np.random.default_rng(seed)
-    drawn = sums[rng.integers(0, len(sums), (rounds, len(sums)))].sum(axis=1)
+    n = len(sums)
+    drawn = np.array([sums[rng.integers(0, n, n)].sum(axis=0) for _ in range(rounds)])
     differences = (drawn[:, 0] - drawn[:, 1]) / drawn[:, 2]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = drawn[:, 0] / drawn[:, 1]
-        total = sums.sum(axis=0)
-        ratio = float(total[0] / total[1])
     low, high = np.quantile(differences, [0.025, 0.975])
-    ratio_low, ratio_high = np.quantile(ratios, [0.025, 0.975])
+    total = sums.sum(axis=0)
+    ratio = ratio_low = ratio_high = None
+    if (drawn[:, 1] > 0).all():  # else some draws have none
+        ratio = float(total[0] / total[1])
+        ratio_low, ratio_high = map(float, np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975]))
     difference = float((total[0] - total[1]) / total[2])
-    return Comparison(
-        difference, float(low), float(high), ratio, float(ratio_low), float(ratio_high)
-    )
+    return Comparison(difference, float(low), float(high), ratio, ratio_low, ratio_high)

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from . import kernels
-from .cpu_attn.kv_cache import KVCache, rope_tables
+from .cpu_attn.kv_cache import AttentionState, rope_tables
 from .errors import KernelError
 from .types import F32, I32, I64, ModelConfig
 
@@ -65,7 +65,7 @@ class Weights:
 class Span:
     """The next `count` rows of a batch: tokens that continue the sequence of `cache`."""
 
-    cache: KVCache
+    cache: AttentionState
     count: int
 
 
@@ -81,6 +81,13 @@ def forward(
 
     tokens: int64 [n], the rows of all spans one after the other. The caches grow by their spans.
     """
+    return logits(weights, pool, hidden(weights, experts, pool, tokens, spans)[want])
+
+
+def hidden(
+    weights: Weights, experts: Experts, pool: kernels.Pool, tokens: I64, spans: Sequence[Span]
+) -> F32:
+    """What the last layer leaves of every row of the batch: float32 [n, hidden], not yet normed."""
     cfg = weights.config
     n = len(tokens)
     positions = np.concatenate([np.arange(s.cache.length, s.cache.length + s.count) for s in spans])
@@ -107,9 +114,15 @@ def forward(
         x += y
     for s in spans:
         s.cache.advance(s.count)
-    (logits,) = weights.head(kernels.rmsnorm(pool, x[want], weights.norm, cfg.rms_norm_eps))
-    logits /= cfg.logits_scaling
-    return logits
+    return x
+
+
+def logits(weights: Weights, pool: kernels.Pool, x: F32) -> F32:
+    """Logits float32 [n, vocab] of rows of `hidden`."""
+    cfg = weights.config
+    (out,) = weights.head(kernels.rmsnorm(pool, x, weights.norm, cfg.rms_norm_eps))
+    out /= cfg.logits_scaling
+    return out
 
 
 def _feed_forward(

@@ -86,12 +86,15 @@ class Tokenizer:
         """Ids that stand for no text."""
         return self._special
 
-    def encode(self, text: str, add_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special: bool = True, *, parse_special: bool = True
+    ) -> list[int]:
         """Ids of `text`.
 
         With `add_special` the ids that the post-processor of tokenizer.json adds come with it, and
         a BOS first where tokenizer_config.json says `add_bos_token` (never two). A chat template
-        writes its own, so rendered conversations are encoded without.
+        writes its own, so rendered conversations are encoded without. A special token spelled in
+        `text` is that token, or plain text like any other where `parse_special` is off.
 
         Raises:
             UsageError: `text` holds lone surrogates, that is, bytes that were not UTF-8.
@@ -102,10 +105,16 @@ class Tokenizer:
             raise UsageError(
                 f"the text is not valid UTF-8 at character {error.start}: re-encode it"
             ) from None
+        self._tok.encode_special_tokens = not parse_special
         ids = [int(i) for i in self._tok.encode(text, add_special_tokens=add_special).ids]
         if add_special and self._prepend is not None and ids[:1] != [self._prepend]:
             ids.insert(0, self._prepend)
         return ids
+
+    def first_special(self) -> int | None:
+        """The id that `encode` puts before a text, None where it puts none."""
+        whole, bare = self.encode("a"), self.encode("a", add_special=False)
+        return whole[0] if whole[: len(bare)] != bare else None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`: special tokens and ids outside the vocabulary give none, invalid UTF-8

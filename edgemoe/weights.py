@@ -6,8 +6,13 @@ The float32 form is the oracle side: what the model computes when nothing is qua
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from functools import partial
+from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import kernels
 from .checkpoint import Checkpoint
@@ -18,6 +23,14 @@ from .model import Layer, Linears, Weights
 from .reference import silu
 from .store import Store
 from .types import F32, I32, I64, ModelConfig
+
+Bools = NDArray[np.bool_]
+
+EMBED_ROWS = 4096
+"""Rows of a float32 embedding read at a time."""
+
+EXPERT_ROWS = 256
+"""Rows that go through a float32 expert at a time."""
 
 
 class NestedLinears:
@@ -31,36 +44,126 @@ class NestedLinears:
         return kernels.linear(self._pool, x, self._matrices)
 
 
-class FloatLinears:
-    """float32 matrices that share their input."""
+class FloatSource(Protocol):
+    """Where float32 weights come from: a Checkpoint, which reads them each time, or InMemory."""
 
-    def __init__(self, matrices: Sequence[F32]) -> None:
-        self._matrices = list(matrices)
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def tensor(self, name: str, *, rows: tuple[int, int] | None = None) -> F32: ...
+
+    def expert(self, layer: int, expert: int, /) -> tuple[F32, F32, F32]: ...
+
+
+class InMemory:
+    """A checkpoint whose weights are read once and kept."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.config = checkpoint.config
+        self._checkpoint = checkpoint
+        self._tensors: dict[str, F32] = {}
+        self._experts: dict[tuple[int, int], tuple[F32, F32, F32]] = {}
+
+    def tensor(self, name: str, *, rows: tuple[int, int] | None = None) -> F32:
+        """As Checkpoint.tensor."""
+        if name not in self._tensors:
+            self._tensors[name] = self._checkpoint.tensor(name)
+        whole = self._tensors[name]
+        return whole if rows is None else whole[slice(*rows)]
+
+    def expert(self, layer: int, expert: int) -> tuple[F32, F32, F32]:
+        """As Checkpoint.expert."""
+        at = layer, expert
+        if at not in self._experts:
+            self._experts[at] = self._checkpoint.expert(layer, expert)
+        return self._experts[at]
+
+
+class RowBlocks:
+    """How the rows of a batch are dealt out to float32 products, on `threads` threads.
+
+    BLAS rounds by the shape of a product. Multiplied in blocks of their own, rows get the same bits
+    whatever else is in the batch.
+
+    sizes: rows of each block, in order; a batch of another number of rows is one block.
+    """
+
+    def __init__(self, sizes: Sequence[int] = (), threads: Executor | None = None) -> None:
+        ends = list(accumulate(sizes))
+        self._slices = [slice(end - n, end) for n, end in zip(sizes, ends, strict=True)]
+        self._rows = ends[-1] if ends else 0
+        self._threads = threads
+
+    def each(self, rows: int, work: Callable[[slice], None]) -> None:
+        """Call `work` with the rows of every block."""
+        blocks = self._slices if rows == self._rows else [slice(0, rows)]
+        if self._threads is None or len(blocks) == 1:
+            for block in blocks:
+                work(block)
+        else:
+            list(self._threads.map(work, blocks))  # raises what the work raised
+
+
+class FloatLinears:
+    """float32 matrices that share their input, read anew from `source` for every product."""
+
+    def __init__(self, source: FloatSource, names: Sequence[str], blocks: RowBlocks) -> None:
+        self._source, self._names, self._blocks = source, names, blocks
 
     def __call__(self, x: F32) -> list[F32]:
-        return [x @ w.T for w in self._matrices]
+        return [self._product(x, self._source.tensor(name)) for name in self._names]
+
+    def _product(self, x: F32, w: F32) -> F32:
+        out = np.empty((len(x), len(w)), np.float32)
+
+        def multiply(block: slice) -> None:
+            np.matmul(x[block], w.T, out=out[block])
+
+        self._blocks.each(len(x), multiply)
+        return out
+
+
+class FloatHead:
+    """The float32 output matrix, read at the first product and then kept."""
+
+    def __init__(self, source: FloatSource, name: str) -> None:
+        self._read = partial(source.tensor, name)
+        self._matrix: F32 | None = None
+
+    def __call__(self, x: F32) -> list[F32]:
+        if self._matrix is None:
+            self._matrix = self._read()
+        return [x @ self._matrix.T]
 
 
 class FloatExperts:
-    """Unquantized experts of a checkpoint, all in memory: the oracle of the quantized ones."""
+    """Unquantized experts, one read from `source` at a time: the oracle of the quantized ones."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        config = checkpoint.config
-        self._experts = {
-            (layer, e): checkpoint.expert(layer, e)
-            for layer in config.moe_layers
-            for e in range(config.num_experts)
-        }
+    def __init__(self, source: FloatSource, blocks: RowBlocks | None = None) -> None:
+        self._source, self._blocks = source, blocks or RowBlocks()
 
     def __call__(self, layer: int, x: F32, ids: I32, weights: F32) -> F32:
         y = np.zeros_like(x)
         for e in np.unique(ids):
-            gate, up, down = self._experts[layer, int(e)]
-            token, slot = np.nonzero(ids == e)
-            h = x[token]
-            mid = (silu((h @ gate.T).astype(np.float64)) * (h @ up.T)).astype(np.float32)
-            np.add.at(y, token, (mid @ down.T) * weights[token, slot][:, None])
+            self._add(y, self._source.expert(layer, int(e)), x, ids == e, weights)
         return y
+
+    def _add(
+        self, y: F32, expert: tuple[F32, F32, F32], x: F32, chosen: Bools, weights: F32
+    ) -> None:
+        """y += weight * expert(x) for the (token, slot) pairs that chose this expert."""
+        gate, up, down = expert
+
+        def work(block: slice) -> None:
+            tokens, slots = np.nonzero(chosen[block])
+            for first in range(0, len(tokens), EXPERT_ROWS):
+                token, slot = (a[first : first + EXPERT_ROWS] for a in (tokens, slots))
+                h = x[block][token]
+                mid = (silu((h @ gate.T).astype(np.float64)) * (h @ up.T)).astype(np.float32)
+                # a token takes an expert once, so no row is added to twice
+                y[block][token] += (mid @ down.T) * weights[block][token, slot][:, None]
+
+        self._blocks.each(len(x), work)
 
 
 def from_store(store: Store, pool: kernels.Pool, arena: Arena, level_index: int) -> Weights:
@@ -89,23 +192,26 @@ def from_store(store: Store, pool: kernels.Pool, arena: Arena, level_index: int)
     )
 
 
-def from_checkpoint(checkpoint: Checkpoint) -> Weights:
-    """Dense weights of a checkpoint in float32, all in memory."""
+def from_checkpoint(source: FloatSource, blocks: RowBlocks | None = None) -> Weights:
+    """Dense weights in float32. Norms, biases and routers are read here and kept, matrices when
+    they are used and, but for the head, each time again: see FloatSource."""
+    config, blocks = source.config, blocks or RowBlocks()
 
     def linears(*names: str) -> Linears:
-        return FloatLinears([checkpoint.tensor(name) for name in names])
-
-    config = checkpoint.config
-    embed = checkpoint.tensor("embed")
-    head = embed if config.tie_word_embeddings else checkpoint.tensor("lm_head")
+        return FloatLinears(source, names, blocks)
 
     def lookup(ids: I64) -> F32:
-        return embed[ids]
+        out = np.empty((len(ids), config.hidden_size), np.float32)
+        for first in range(0, config.vocab_size, EMBED_ROWS):
+            rows = np.flatnonzero((ids >= first) & (ids < first + EMBED_ROWS))
+            if len(rows):
+                stop = min(first + EMBED_ROWS, config.vocab_size)
+                out[rows] = source.tensor("embed", rows=(first, stop))[ids[rows] - first]
+        return out
 
-    layers = [
-        _layer(config, i, checkpoint.tensor, linears) for i in range(config.num_hidden_layers)
-    ]
-    return Weights(config, lookup, layers, checkpoint.tensor("norm"), FloatLinears([head]))
+    layers = [_layer(config, i, source.tensor, linears) for i in range(config.num_hidden_layers)]
+    head = FloatHead(source, "embed" if config.tie_word_embeddings else "lm_head")
+    return Weights(config, lookup, layers, source.tensor("norm"), head)
 
 
 def _layer(

@@ -21,6 +21,7 @@ RANK = {
     "numba_backend": 1,
     "kernels": 2,
     "reference": 2,
+    "reference_ggml": 2,
     "store": 3,
     "arch": 2,
     "checkpoint": 4,
@@ -38,10 +39,13 @@ RANK = {
     "weights": 7,
     "generation": 7,
     "evaluate": 7,
-    "reference_logits": 8,
+    "export": 8,
+    "multiple_choice": 8,
+    "reference_cache": 8,
+    "reference_logits": 9,
     "engine": 8,
 }
-TOP = 9  # cli and what only it uses
+TOP = 10  # cli and what only it uses
 SIBLINGS = {"mwq", "loader", "hebf", "perfmodel", "cpu_attn"}
 
 

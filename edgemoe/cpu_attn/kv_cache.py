@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 
 from .. import kernels
@@ -9,7 +11,43 @@ from ..errors import UsageError
 from ..types import F32, ModelConfig
 
 
-class KVCache:
+class AttentionState(ABC):
+    """What attention knows of one sequence; `length` counts the tokens already part of it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        multiplier = config.attention_multiplier
+        self._scale = config.head_dim**-0.5 if multiplier is None else multiplier
+        self._windows = [
+            None if i in config.full_attention_layers else config.sliding_window
+            for i in range(config.num_hidden_layers)
+        ]
+        self.length = 0
+
+    @abstractmethod
+    def attend(self, pool: kernels.Pool, layer: int, q: F32, k: F32, v: F32) -> F32:
+        """Attend from the tokens that follow `length`, whose keys and values are k and v.
+
+        q: float32 [n, heads, d]; k, v: float32 [n, kv_heads, d]. Returns float32 [n, heads, d].
+        `length` itself moves with `advance`, once all layers have seen these tokens.
+        """
+
+    def advance(self, n: int) -> None:
+        """The n tokens just attended from are now part of the sequence."""
+        self.length += n
+
+
+class OnePass(AttentionState):
+    """A sequence that comes in one piece: no layer's keys and values are kept for later."""
+
+    def attend(self, pool: kernels.Pool, layer: int, q: F32, k: F32, v: F32) -> F32:
+        """As AttentionState says, from the start of the sequence."""
+        if self.length:
+            raise UsageError("a one-pass sequence cannot be continued: use a KVCache")
+        keys, values = (np.ascontiguousarray(a.transpose(1, 0, 2)) for a in (k, v))
+        return kernels.attention(pool, q, keys, values, 0, self._scale, self._windows[layer])
+
+
+class KVCache(AttentionState):
     """Keys and values of one sequence: float32 [layers, 2, kv_heads, capacity, head_dim].
 
     Pages are touched as positions fill, so a long context costs memory only once it is used.
@@ -18,6 +56,7 @@ class KVCache:
     def __init__(self, config: ModelConfig, capacity: int) -> None:
         if capacity < 1:
             raise UsageError(f"context size must be at least 1, got {capacity}")
+        super().__init__(config)
         self._data = np.zeros(
             (
                 config.num_hidden_layers,
@@ -28,21 +67,10 @@ class KVCache:
             ),
             np.float32,
         )
-        multiplier = config.attention_multiplier
-        self._scale = config.head_dim**-0.5 if multiplier is None else multiplier
-        self._windows = [
-            None if i in config.full_attention_layers else config.sliding_window
-            for i in range(config.num_hidden_layers)
-        ]
         self.capacity = capacity
-        self.length = 0
 
     def attend(self, pool: kernels.Pool, layer: int, q: F32, k: F32, v: F32) -> F32:
-        """Store k, v of the tokens that follow `length` and attend from q.
-
-        q: float32 [n, heads, d]; k, v: float32 [n, kv_heads, d]. Returns float32 [n, heads, d].
-        `length` itself moves with `advance`, once all layers have stored theirs.
-        """
+        """As AttentionState says; k and v are stored."""
         keys, values = self._data[layer]
         stop = self.length + q.shape[0]
         keys[:, self.length : stop] = k.transpose(1, 0, 2)
@@ -50,9 +78,15 @@ class KVCache:
         window = self._windows[layer]
         return kernels.attention(pool, q, keys, values, self.length, self._scale, window)
 
-    def advance(self, n: int) -> None:
-        """The n tokens just attended from are now part of the sequence."""
-        self.length += n
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens.
+
+        Raises:
+            UsageError: there are fewer.
+        """
+        if not 0 <= length <= self.length:
+            raise UsageError(f"cannot go back to {length} tokens from {self.length}")
+        self.length = length
 
 
 def rope_tables(config: ModelConfig, positions: np.ndarray) -> tuple[F32, F32]:

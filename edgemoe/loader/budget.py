@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
@@ -143,6 +144,13 @@ def rss_bytes() -> int:
     if os.path.exists("/proc/self/status"):
         return _status("VmRSS", "VmPTE")
     return int(psutil.Process().memory_info().rss)
+
+
+def release_heap() -> None:
+    """Give freed memory that the C library holds on to back to the system, where it can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def peak_rss_bytes() -> int:

@@ -1,35 +1,45 @@
-"""`edgemoe eval`: texts in, figures out."""
+"""`edgemoe eval`: texts and questions in, figures out."""
 
 from __future__ import annotations
 
 import json
-import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import kernels
+import numpy as np
+
+from .. import kernels, multiple_choice
+from ..checkpoint import Checkpoint, open_checkpoint
 from ..engine import Model, OpenedModel, load, open_model
-from ..errors import UsageError, shown
+from ..errors import MemoryBudgetError, UsageError, shown
 from ..evaluate import (
-    Comparison,
-    ReferenceRows,
+    F64,
+    LOGITS,
     Runner,
     TokenScores,
     Window,
     compare,
+    rows_at_once,
     score_windows,
+    scratch_bytes,
     summarize,
     windows,
 )
+from ..loader import budget
 from ..model import Span
-from ..reference_logits import mean_rest, reference_rows
+from ..multiple_choice import Task, read_lambada, read_piqa
+from ..reference_cache import ReferenceFile
+from ..reference_logits import TOP, reference
 from ..tokenizer import Tokenizer
-from ..types import F32, I64
+from ..types import F32, I64, LEVELS
+from .evaluate_output import lines, progress, terminable
+
+TOKENIZING = 200
+"""Bytes that tokenizing takes for each byte of text; 165 were measured on a vocabulary of 4,096."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,10 @@ class EvalOptions:
     """What `edgemoe eval` was asked for; None leaves a choice to the machine."""
 
     store: str
-    texts: Sequence[str]
+    texts: Sequence[str] = ()
+    lambada: str | None = None
+    piqa: str | None = None
+    limit: int | None = None
     bits: int | None = None
     dense_bits: int | None = None
     versus: int | None = None
@@ -45,6 +58,7 @@ class EvalOptions:
     ctx: int = 512
     stride: int | None = None
     chunks: int | None = None
+    parse_special: bool = False
     mem: str = "auto"
     threads: int | None = None
     as_json: bool = False
@@ -52,100 +66,111 @@ class EvalOptions:
 
 def run(options: EvalOptions) -> int:
     """Evaluate and print; returns the exit code."""
-    opened = open_model(options.store)
-    try:
-        todo = _windows(opened, options)
-        references = None
-        threads = options.threads or kernels.default_threads()
+    if not (options.texts or options.lambada or options.piqa):
+        raise UsageError("nothing to measure: give --text FILE, --lambada FILE or --piqa FILE")
+    _check_belonging(options)
+    with ExitStack() as stack, terminable():
+        work = _prepare(options, stack)
+        settings = [options.bits] if options.versus is None else [options.bits, options.versus]
+        outcomes: dict[int, _Outcome] = {}
+        # The larger one first: if it does not fit, that shows before any work is done.
+        for i in sorted(range(len(settings)), key=lambda i: -(settings[i] or LEVELS[-1])):
+            outcomes[i] = _measure(options, settings[i], work)
+        out = {"file": options.store} | outcomes[0].figures
+        if work.texts:
+            out |= {"texts": list(options.texts), "ctx": options.ctx}
+            out |= {"stride": options.stride or options.ctx}
         if options.ref is not None:
-            with _progress("reference") as progress:
-                references = reference_rows(options.ref, todo, threads, progress)
-        first = _evaluate(opened, options, options.bits, todo, references)
-    finally:
-        opened.close()
-    out = first.figures | {"file": options.store, "texts": list(options.texts), "ctx": options.ctx}
-    if references is not None:
-        out["ref_rest"] = mean_rest(references)
-    if options.versus is not None:
-        again = open_model(options.store)
-        try:
-            second = _evaluate(again, options, options.versus, todo, references)
-        finally:
-            again.close()
-        out["versus"] = second.figures
-        out["versus"]["paired"] = {
-            name: asdict(c) for name, c in _pairs(first.scores, second.scores).items()
-        }
-    print(json.dumps(out) if options.as_json else "\n".join(_lines(out)))
+            out |= {"ref": options.ref}
+        if options.versus is not None:
+            paired = _paired(outcomes[0], outcomes[1])
+            out["versus"] = outcomes[1].figures | {"paired": paired}
+    out |= {"peak_rss_bytes": budget.peak_rss_bytes()}
+    print(json.dumps(out) if options.as_json else "\n".join(lines(out)))
     return 0
+
+
+def _check_belonging(options: EvalOptions) -> None:
+    """Refuse settings of what is not measured: they would do nothing."""
+    if options.limit is not None and not (options.lambada or options.piqa):
+        raise UsageError("--limit counts questions: give --lambada FILE or --piqa FILE")
+    given = {
+        "--stride": options.stride,
+        "--chunks": options.chunks,
+        "--parse-special": options.parse_special or None,
+    }
+    for name, value in given.items():
+        if value is not None and not options.texts:
+            raise UsageError(f"{name} is about texts: give --text FILE")
+
+
+@dataclass
+class _Work:
+    """What is to be scored: windows of texts, and of each task; what the reference says of each."""
+
+    texts: list[Window]
+    tasks: list[tuple[Task, list[Window]]]
+    longest: int
+    text_reference: ReferenceFile | None = None
+    task_scores: dict[str, Mapping[str, F64]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    scores: list[TokenScores]
+    """Figures as they are printed, and what paired comparisons need."""
+
     figures: dict[str, Any]
+    texts: list[TokenScores]
+    tasks: dict[str, Mapping[str, F64]]
 
 
-def _evaluate(
-    opened: OpenedModel,
-    options: EvalOptions,
-    bits: int | None,
-    todo: Sequence[Window],
-    references: Sequence[ReferenceRows] | None,
-) -> _Outcome:
-    start = time.perf_counter()
-    with (
-        load(
-            opened,
-            mem=options.mem,
-            bits=bits,
-            dense_bits=options.dense_bits,
-            ctx_size=options.ctx,
-            threads=options.threads,
-        ) as model,
-        _progress(f"{model.plan.bits} bits") as progress,
-    ):
-        scores = score_windows(_runner(model), todo, references, progress)
-        scored = sum(_bytes(model.tokenizer, w.targets) for w in todo)
-        summary = asdict(summarize(scores, scored, references))
-        figures = {k: v for k, v in summary.items() if v is not None}
-        figures |= {"bits": model.plan.bits, "dense_bits": model.plan.dense_bits}
-        figures |= {"windows": len(todo), "seconds": time.perf_counter() - start}
-    return _Outcome(scores, figures)
+def _prepare(options: EvalOptions, stack: ExitStack) -> _Work:
+    """Read and cut everything up, and run the reference, before the store's weights are loaded."""
+    with closing(open_model(options.store)) as opened:
+        limit = opened.config.max_position_embeddings
+        texts = _windows(opened, options) if options.texts else []
+        read = [(read_lambada, options.lambada), (read_piqa, options.piqa)]
+        tasks = [
+            (task, task.windows(_encoder(opened.tokenizer), limit))
+            for task in (reader(name, options.limit) for reader, name in read if name is not None)
+        ]
+        sizes = [len(w.inputs) for part in [texts, *(ws for _, ws in tasks)] for w in part]
+        work = _Work(texts, tasks, max(sizes))
+        if options.ref is not None:
+            _refer(opened, options.ref, options, work, stack)
+    return work
 
 
-def _runner(model: Model) -> Runner:
-    def run(tokens: I64, first: int) -> Iterator[F32]:
-        cache, chunk = model.new_cache(), model.plan.prefill_chunk
-        for at in range(0, len(tokens), chunk):
-            part = tokens[at : at + chunk]
-            want = range(max(first - at, 0), len(part))
-            logits = model.forward(part.tolist(), [Span(cache, len(part))], want)
-            if len(want):
-                yield logits
-
-    return run
+def _encoder(tokenizer: Tokenizer, parse_special: bool = True) -> Callable[[str], list[int]]:
+    """Ids of a text with what the tokenizer puts before it, and nothing after it."""
+    first = tokenizer.first_special()
+    lead = [] if first is None else [first]
+    return lambda text: (
+        lead + tokenizer.encode(text, add_special=False, parse_special=parse_special)
+    )
 
 
 def _windows(opened: OpenedModel, options: EvalOptions) -> list[Window]:
     longest = opened.config.max_position_embeddings
     if not 4 <= options.ctx <= longest:
         raise UsageError(f"--ctx must be from 4 to {longest} for this model, not {options.ctx}")
-    lead = opened.tokenizer.encode("")
+    encode = _encoder(opened.tokenizer, options.parse_special)
+    bos = opened.tokenizer.first_special()
+    ceiling = budget.resolve_ceiling(options.mem)
     out: list[Window] = []
     for name in options.texts:
-        ids = opened.tokenizer.encode(read_text(name))
+        text = read_text(name)
+        _check_room(name, len(text), ceiling)
         try:
-            out += windows(
-                ids, options.ctx, options.stride or options.ctx, lead[0] if lead else None
-            )
+            out += windows(encode(text), options.ctx, options.stride or options.ctx, bos)
         except UsageError as exc:
             raise UsageError(f"{shown(name)}: {exc}") from None
+        budget.release_heap()
     return out[: options.chunks]
 
 
 def read_text(name: str) -> str:
-    """A text file.
+    """A text file, without the newline that ends it: as llama.cpp reads one.
 
     Raises:
         UsageError: it cannot be read, is empty, or is not UTF-8 text.
@@ -164,69 +189,153 @@ def read_text(name: str) -> str:
         ) from None
     if "\0" in text:
         raise UsageError(f"{shown(name)}: a binary file, not text (a zero byte)")
-    return text
+    return text.removesuffix("\n")
+
+
+def _check_room(name: str, characters: int, ceiling: int) -> None:
+    """Refuse a text whose tokenizing would break through the ceiling."""
+    needed = budget.rss_bytes() + TOKENIZING * characters
+    if needed > ceiling:
+        raise MemoryBudgetError(
+            f"tokenizing {shown(name)} takes about {budget.format_size(needed)}: give --mem "
+            f"{-(-needed >> 20)}M or more, or a shorter text",
+            needed_bytes=needed,
+            budget_bytes=ceiling,
+        )
+
+
+def _refer(
+    opened: OpenedModel, name: str, options: EvalOptions, work: _Work, stack: ExitStack
+) -> None:
+    """Run the reference, or find what it said before; the store's weights are not loaded yet."""
+    checkpoint = open_checkpoint(name)
+    _check_vocabulary(opened, checkpoint)
+    threads = options.threads or kernels.default_threads()
+
+    def make(what: str, todo: Sequence[Window], top: int) -> ReferenceFile:
+        budget.release_heap()
+        with progress(f"reference, {what}") as report:
+            made = reference(
+                checkpoint,
+                todo,
+                threads=threads,
+                ceiling=budget.resolve_ceiling(options.mem),
+                used=budget.rss_bytes(),
+                top=top,
+                progress=report,
+            )
+        return stack.enter_context(made)
+
+    if work.texts:
+        work.text_reference = make("text", work.texts, TOP)
+    for task, todo in work.tasks:
+        kept = make(task.name, todo, 1)
+        likelihoods = multiple_choice.reference_likelihoods(kept, todo)
+        work.task_scores[task.name] = task.scores(likelihoods)
+    budget.release_heap()
+
+
+def _check_vocabulary(opened: OpenedModel, checkpoint: Checkpoint) -> None:
+    """Refuse a reference whose token ids mean something else than the store's."""
+    where, ours = shown(checkpoint.path), opened.config.vocab_size
+    theirs = checkpoint.config.vocab_size
+    if ours != theirs:
+        raise UsageError(
+            f"{where} has a vocabulary of {theirs} tokens and the store one of {ours}: give the "
+            "checkpoint that the store was made of"
+        )
+    data = checkpoint.files.get("tokenizer.json")
+    if data is None or data == opened.store.section("tokenizer.json"):
+        return
+    other = Tokenizer(data, eos_token_ids=checkpoint.config.eos_token_ids)
+    for i in range(ours):
+        a, b = opened.tokenizer.token_bytes(i), other.token_bytes(i)
+        if a and b and a != b:  # one may count as special what is text to the other
+            raise UsageError(
+                f"{where}: token {i} is {b!r} there and {a!r} in the store: give the checkpoint "
+                "that the store was made of"
+            )
+
+
+def _measure(options: EvalOptions, bits: int | None, work: _Work) -> _Outcome:
+    budget.release_heap()
+    start = time.perf_counter()
+    opened = open_model(options.store)
+    vocab = opened.config.vocab_size
+    reserve = scratch_bytes(vocab, min(TOP, vocab) if work.text_reference is not None else 0)
+    reserve += 64 * sum(len(w.targets) for w in work.texts)
+    with load(
+        opened,
+        mem=options.mem,
+        bits=bits,
+        dense_bits=options.dense_bits,
+        ctx_size=work.longest,
+        threads=options.threads,
+        reserve=reserve,
+    ) as model:
+        plan, run = model.plan, _runner(model)
+        figures: dict[str, Any] = {"bits": plan.bits, "dense_bits": plan.dense_bits}
+        scores: list[TokenScores] = []
+        if work.texts:
+            with progress(f"{plan.bits} bits, text") as report:
+                scores = score_windows(run, work.texts, work.text_reference, report)
+            size = sum(_bytes(model.tokenizer, w.targets) for w in work.texts)
+            summary = asdict(summarize(scores, size))
+            figures |= {k: v for k, v in summary.items() if v is not None}
+            figures["windows"] = len(work.texts)
+        tasks: dict[str, Mapping[str, F64]] = {}
+        for task, todo in work.tasks:
+            with progress(f"{plan.bits} bits, {task.name}") as report:
+                likelihoods = multiple_choice.likelihoods(run, todo, report)
+            tasks[task.name] = task.scores(likelihoods)
+            figures[task.name] = _task_figures(task, tasks[task.name], work)
+    figures["seconds"] = time.perf_counter() - start
+    figures["mem_budget_bytes"] = plan.budget.ceiling
+    return _Outcome(figures, scores, tasks)
+
+
+def _task_figures(task: Task, scores: Mapping[str, F64], work: _Work) -> dict[str, Any]:
+    out = {"file": task.file} | multiple_choice.figures(scores)
+    known = work.task_scores.get(task.name)
+    if known is not None:
+        out["ref"] = multiple_choice.figures(known)
+        out["against_ref"] = multiple_choice.paired(scores, known)
+    return out
+
+
+def _runner(model: Model) -> Runner:
+    """Windows one after the other; what one begins with just as the one before is not run again."""
+    cache, before = model.new_cache(), np.empty(0, np.int64)
+    chunk, step = model.plan.prefill_chunk, rows_at_once(model.config.vocab_size, LOGITS)
+
+    def run(tokens: I64, first: int) -> Iterator[F32]:
+        nonlocal before
+        n = min(len(before), len(tokens), first, cache.length)
+        differs = np.flatnonzero(before[:n] != tokens[:n])
+        shared = int(differs[0]) if len(differs) else n
+        cache.rewind(shared)
+        before = tokens
+        for at in range(shared, len(tokens), chunk):
+            part = tokens[at : at + chunk]
+            x = model.hidden(part, [Span(cache, len(part))])
+            for row in range(max(first - at, 0), len(part), step):
+                yield model.logits(x[row : row + step])
+
+    return run
 
 
 def _bytes(tokenizer: Tokenizer, ids: I64) -> int:
     return sum(len(tokenizer.token_bytes(int(i))) for i in ids)
 
 
-def _pairs(a: Sequence[TokenScores], b: Sequence[TokenScores]) -> dict[str, Comparison]:
+def _paired(a: _Outcome, b: _Outcome) -> dict[str, Any]:
     """Paired comparisons of what both have; "nll" stands for perplexity (its logarithm)."""
-    out = {"nll": compare([s.nll for s in a], [s.nll for s in b])}
-    ka, kb = ([s.kld for s in x if s.kld is not None] for x in (a, b))
-    if ka and kb:
-        out["kld"] = compare(ka, kb)
+    out: dict[str, Any] = {}
+    if a.texts:
+        out["nll"] = asdict(compare([s.nll for s in a.texts], [s.nll for s in b.texts]))
+        ka, kb = ([s.kld for s in x.texts if s.kld is not None] for x in (a, b))
+        if ka and kb:
+            out["kld"] = asdict(compare(ka, kb))
+    for name, scores in a.tasks.items():
+        out[name] = multiple_choice.paired(scores, b.tasks[name])
     return out
-
-
-def _lines(out: dict[str, Any]) -> Iterator[str]:
-    yield (
-        f"{out['bits']}-bit experts, {out['dense_bits']}-bit dense: {out['tokens']} tokens scored "
-        f"in {out['windows']} windows of {out['ctx']}"
-    )
-    yield from _figure_lines(out)
-    if "versus" in out:
-        other = out["versus"]
-        yield f"{other['bits']}-bit experts, {other['dense_bits']}-bit dense:"
-        yield from _figure_lines(other)
-        for name, c in other["paired"].items():
-            low, high = c["difference_low"], c["difference_high"]
-            yield (
-                f"  {out['bits']} against {other['bits']} bits, {name}: difference "
-                f"{c['difference']:.6f} [{low:.6f}, {high:.6f}], ratio {c['ratio']:.4f} "
-                f"[{c['ratio_low']:.4f}, {c['ratio_high']:.4f}] (95 %)"
-            )
-
-
-def _figure_lines(out: dict[str, Any]) -> Iterator[str]:
-    yield f"  perplexity       {out['ppl']:.4f} +- {out['ppl_se']:.4f}"
-    yield f"  bits per byte    {out['bits_per_byte']:.4f} +- {out['bits_per_byte_se']:.4f}"
-    if "kld" in out:
-        change = 100 * (out["ppl"] / out["ref_ppl"] - 1)
-        same, rms = 100 * out["same_top"], 100 * out["rms_delta_p"]
-        yield f"  reference        perplexity {out['ref_ppl']:.4f}, so {change:+.3f} %"
-        yield f"  KL divergence    {out['kld']:.6f} +- {out['kld_se']:.6f}"
-        yield f"  99th percentile  {out['kld_p99']:.6f} +- {out['kld_p99_se']:.6f}"
-        yield f"  same top token   {same:.3f} % +- {100 * out['same_top_se']:.3f}"
-        yield f"  RMS change of p  {rms:.3f} % +- {100 * out['rms_delta_p_se']:.3f}"
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Windows done on stderr, where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    start = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        left = (time.monotonic() - start) * (total - done) / max(done, 1)
-        sys.stderr.write(f"\r{what}: window {done} of {total}, {math.ceil(left)} s left\033[K")
-        sys.stderr.flush()
-
-    try:
-        yield show
-    finally:
-        sys.stderr.write("\r\033[K")
-        sys.stderr.flush()
