@@ -79,16 +79,18 @@ def test_half_precision_checkpoints(tmp_path: Path, name: str, dtype: str) -> No
 def test_quantized_store_follows_the_oracle(tmp_path: Path, name: str) -> None:
     model = make_tiny(tmp_path / "hf", name)
     edgemoe.convert(tmp_path / "hf", tmp_path / "m.emoe")
-    ids = np.random.default_rng(3).integers(0, 160, 64)
-    want = oracle_logits(model, ids)
+    prompts = np.random.default_rng(3).integers(0, 160, (4, 64))
+    want = np.concatenate([oracle_logits(model, ids) for ids in prompts])
     errors = []
     for bits in (8, 6, 4, 3, 2):
         with edgemoe.load(tmp_path / "m.emoe", bits=bits, dense_bits=8, ctx_size=64) as m:
-            got = m.forward(ids, [Span(m.new_cache(), 64)], range(64))
-        # Random weights route near ties: in up to half the tokens, here or before, experts flip.
+            got = np.concatenate(
+                [m.forward(ids, [Span(m.new_cache(), 64)], range(64)) for ids in prompts]
+            )
+        # random weights route near ties: the median token is not one whose experts flipped
         distance = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
-        errors.append(float(np.quantile(distance, 0.25)))
-    assert errors[0] < 0.05, errors
+        errors.append(float(np.median(distance)))
+    assert errors[0] < 0.06, errors
     assert errors == sorted(errors), "fewer bits must not be closer to the oracle"
 
 

@@ -3,9 +3,8 @@
 A group of weights gets a step, rounded up to the five significant bits that a store keeps, and a
 zero point that centres its range; the code is the rounded position. At level b the code names a
 cell of 2^(8-b) positions, decoded as its centre (gain 1), moved by the mean error of the group, in
-sixteenths of a cell: groups with one outlier, or of equal weights, lie in one cell. A least-squares
-fit of scale and offset, a group and level each, has less squared error, but shrinks weights, and
-outputs with them: at 2 bits it doubles the divergence of a model's output (docs/benchmarks.md).
+sixteenths of a cell: groups with one outlier, or of equal weights, lie in one cell. Centres are not
+least squares, which would shrink weights, and outputs with them.
 """
 
 from __future__ import annotations
