@@ -26,6 +26,7 @@ from cli_model import (
 import edgemoe
 from edgemoe import cli, kernels
 from edgemoe.errors import UsageError
+from edgemoe.terminal import options
 from edgemoe.terminal.model_path import sort_arguments
 from edgemoe.terminal.session import RunOptions
 from edgemoe.types import LEVELS
@@ -151,8 +152,8 @@ def test_ranges_of_options_and_sampling_agree() -> None:
 
 
 def test_constants_that_are_spelled_twice() -> None:
-    """cli.py imports neither NumPy nor the kernels, so it repeats two of their figures."""
-    assert tuple(map(str, LEVELS)) == cli._LEVELS
+    """The command line imports neither NumPy nor the kernels, so two of their figures stand there again."""
+    assert tuple(map(str, LEVELS)) == options._LEVELS
     threads = next(p for p in cli.run.params if "--threads" in p.opts)
     assert threads.callback is not None
     context = click.Context(cli.run)
