@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -50,7 +49,7 @@ class ConvertReport:
 
 
 def convert(
-    src: str | os.PathLike[str],
+    src: str | os.PathLike[str] | Checkpoint,
     out: str | os.PathLike[str],
     *,
     progress: Progress | None = None,
@@ -61,7 +60,7 @@ def convert(
     """Convert a checkpoint into a store.
 
     Args:
-        src: a Hugging Face directory or a GGUF file (see edgemoe.checkpoint).
+        src: a Hugging Face directory or a GGUF file (see edgemoe.checkpoint), or one that is open.
         out: the store to make; appears when it is complete, and replaces a store of that name.
         progress: called after every run of rows with (weights done, weights in all, part).
         quant: levels and group size; by default 2, 3, 4, 6, 8 bits in groups of 128.
@@ -77,7 +76,7 @@ def convert(
     """
     start = time.monotonic()
     pool = kernels.new_pool(kernels.default_threads() if threads is None else threads)
-    checkpoint = open_checkpoint(src, pool=pool)
+    checkpoint = src if isinstance(src, Checkpoint) else open_checkpoint(src, pool=pool)
     checkpoint.require_tokenizer()
     config, quant = checkpoint.config, quant or QuantSpec(max_level=checkpoint.max_level)
     if max_level is not None:
@@ -91,7 +90,7 @@ def convert(
     experts = len(config.moe_layers) * config.num_experts
     total = experts * expert_weights + sum(math.prod(checkpoint.shape(n)) for n in names)
     meter = _Meter(total, progress)
-    metadata = {"source": shown(Path(src).resolve().name), "quantizer": "affine8-nearest"}
+    metadata = {"source": shown(checkpoint.path.resolve().name), "quantizer": "affine8-nearest"}
     with StoreWriter(out, config, quant, metadata) as writer:
         for layer in config.moe_layers:
             for expert in range(config.num_experts):

@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from ..chat import ChatTemplate
-from ..checkpoint import open_checkpoint
+from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.files import parse_object
 from ..errors import shown
 from ..loader.budget import format_size
@@ -27,9 +27,10 @@ def run(src: str, out: str, *, max_level: int | None = None, force: bool = False
     """
     refuse_hub_name(src)
     check_output(out, force=force, kind="a store", magic=MAGIC, example="model.emoe")
-    check_text_files(src)
+    checkpoint = open_checkpoint(src)
+    check_text_files(checkpoint, shown(src))
     with progress(os.path.basename(out)) as bar, stoppable(bar) as watched:
-        report = convert(src, out, progress=watched, max_level=max_level)
+        report = convert(checkpoint, out, progress=watched, max_level=max_level)
     bits = 8 * report.file_bytes / report.weights
     print(
         f"{shown(out)}: {report.weights / 1e6:.1f} M weights in {format_size(report.file_bytes)} "
@@ -40,18 +41,17 @@ def run(src: str, out: str, *, max_level: int | None = None, force: bool = False
     return 0
 
 
-def check_text_files(src: str) -> None:
+def check_text_files(checkpoint: Checkpoint, where: str) -> None:
     """Refuse a checkpoint whose text side could not be run, before hours are spent on its weights.
 
     Raises:
         CheckpointError: no tokenizer, or one of tokenizer, chat template and generation settings
             cannot be used.
     """
-    checkpoint = open_checkpoint(src)
     checkpoint.require_tokenizer()
     files, config = checkpoint.files, checkpoint.config
     parsed: dict[str, dict[str, Any]] = {
-        name: parse_object(files[name], f"{shown(src)}/{name}")
+        name: parse_object(files[name], f"{where}/{name}")
         for name in ("tokenizer_config.json", "generation_config.json")
         if name in files
     }
