@@ -87,7 +87,9 @@ def main() -> None:
         sys.exit(f"llama.cpp cannot load {args.model}")
     vocab = llama_cpp.llama_model_get_vocab(model)
     size = llama_cpp.llama_vocab_n_tokens(vocab)
-    ids = tokenize(vocab, args.text.read_bytes(), args.parse_special)
+    # llama.cpp drops one newline at the end of the file, and so does `edgemoe eval`
+    text = args.text.read_bytes().removesuffix(b"\n")
+    ids = tokenize(vocab, text, args.parse_special)
     if len(ids) < args.ctx:
         sys.exit(f"{args.text} has {len(ids)} tokens, less than a window of {args.ctx}")
     params = llama_cpp.llama_context_default_params()
