@@ -154,6 +154,16 @@ def test_decode_uses_the_steps_of_the_first_and_the_gains_of_the_last_segment() 
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("shape", [(2048, 1024), (2048, 768), (4096, 14336)])
+def test_a_read_at_b_bits_costs_little_more_than_b_bits_a_weight(shape: tuple[int, int]) -> None:
+    """OLMoE, Qwen3-30B-A3B, Mixtral: the whole prefix, scale blocks and padding counted."""
+    for max_level in (4, 6, 8):
+        layout = expert_layout(*shape, QuantSpec(max_level=max_level))
+        assert layout.quant.levels == tuple(b for b in LEVELS if b <= max_level)
+        for i, level in enumerate(layout.quant.levels):
+            assert 8 * layout.prefix_bytes(i) / layout.weights() <= level + 0.40
+
+
 def test_pieces_do_not_change_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = expert_layout(100, 90, QuantSpec())
     codes, scales = random_parts(layout)
