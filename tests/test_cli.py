@@ -152,7 +152,7 @@ def test_ranges_of_options_and_sampling_agree() -> None:
 
 
 def test_constants_that_are_spelled_twice() -> None:
-    """The command line imports neither NumPy nor the kernels, so two of their figures stand there again."""
+    """The command line imports neither NumPy nor kernels, so it repeats two of their figures."""
     assert tuple(map(str, LEVELS)) == options._LEVELS
     threads = next(p for p in cli.run.params if "--threads" in p.opts)
     assert threads.callback is not None
