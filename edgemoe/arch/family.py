@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..types import ModelConfig
-from .gguf import GgufReader
+from .gguf import GgufGraph, GgufReader
 from .tensors import TensorNames
 
 
@@ -15,13 +15,14 @@ from .tensors import TensorNames
 class GgufForm:
     """How a family's GGUF files are read.
 
-    architecture: their general.architecture. parse: gives the ModelConfig. paired_rows: rows of q
-    and k (and of their biases) stand in the order of RoPE over neighbours: within a head, row j of
-    its first half is followed by row j of its second.
+    architecture: their general.architecture. parse: gives the ModelConfig. graph: what llama.cpp
+    computes. paired_rows: rows of q and k (and of their biases) stand in the order of RoPE over
+    neighbours: within a head, row j of its first half is followed by row j of its second.
     """
 
     architecture: str
     parse: Callable[[GgufReader], ModelConfig]
+    graph: GgufGraph
     paired_rows: bool = False
 
 

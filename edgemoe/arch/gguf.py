@@ -7,6 +7,7 @@ computed, conversion/*.py for what a Hugging Face checkpoint becomes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -147,14 +148,20 @@ def _decimal(value: Any) -> Any:
     return value
 
 
-def gguf_config(
-    keys: GgufReader,
-    *,
-    model_type: str,
-    norm_topk_prob: bool,
-    qk_norm: Literal["none", "head", "full"] = "none",
-    dense_mlp: bool = False,
-) -> ModelConfig:
+@dataclass(frozen=True)
+class GgufGraph:
+    """What llama.cpp computes for an architecture, whatever a file says.
+
+    norm_topk_prob, qk_norm: as in ModelConfig. expert_width: experts have a width of their own,
+    and feed_forward_length is that of layers with a plain MLP and no router; else it is theirs.
+    """
+
+    norm_topk_prob: bool
+    qk_norm: Literal["none", "head", "full"] = "none"
+    expert_width: bool = False
+
+
+def gguf_config(keys: GgufReader, model_type: str, graph: GgufGraph) -> ModelConfig:
     """The ModelConfig that the keys common to all architectures spell.
 
     Biases, dense layers and a tied head show in which tensors there are. Ids of special tokens are
@@ -162,9 +169,7 @@ def gguf_config(
 
     Args:
         keys: reader of the metadata; the family reads its own keys after this and calls `finish`.
-        norm_topk_prob: what llama.cpp computes for the architecture; a file may say otherwise.
-        dense_mlp: feed_forward_length is the width of layers that have a plain MLP and no router,
-            experts have a width of their own; else it is the experts'.
+        graph: of the architecture; a file may say otherwise of norm_topk_prob.
     """
     layers = keys.integer("block_count", most=MAX_LAYERS)
     hidden = keys.size("embedding_length")
@@ -178,7 +183,7 @@ def gguf_config(
     experts = keys.integer("expert_count", most=MAX_EXPERTS)
     per_tok = keys.integer("expert_used_count", most=experts)
     dense: tuple[int, ...] = ()
-    if dense_mlp:
+    if graph.expert_width:
         dense = tuple(i for i in range(layers) if not keys.has_role(i, "router"))
         if len(dense) == layers:
             name = gguf_name("layers.0.router")
@@ -196,13 +201,13 @@ def gguf_config(
         head_dim=head_dim,
         num_experts=experts,
         num_experts_per_tok=per_tok,
-        moe_intermediate_size=_expert_size(keys, per_tok, dense_mlp),
-        norm_topk_prob=keys.flag("expert_weights_norm", default=norm_topk_prob),
+        moe_intermediate_size=_expert_size(keys, per_tok, graph),
+        norm_topk_prob=keys.flag("expert_weights_norm", default=graph.norm_topk_prob),
         rms_norm_eps=keys.required("attention.layer_norm_rms_epsilon", most=1.0),
         rope_theta=keys.number("rope.freq_base", most=1e15, default=10000.0),
         max_position_embeddings=keys.integer("context_length", most=MAX_CONTEXT),
         tie_word_embeddings=gguf_name("lm_head") not in keys.tensors,
-        qk_norm=qk_norm,
+        qk_norm=graph.qk_norm,
         attention_bias=biased["o"],
         qkv_bias=biased["q"] and not biased["o"],
         intermediate_size=keys.size("feed_forward_length") if dense else 0,
@@ -229,9 +234,9 @@ def _heads(keys: GgufReader, hidden: int) -> tuple[int, int, int]:
     return heads, kv_heads, head_dim
 
 
-def _expert_size(keys: GgufReader, per_tok: int, dense_mlp: bool) -> int:
+def _expert_size(keys: GgufReader, per_tok: int, graph: GgufGraph) -> int:
     """Width of one expert."""
-    if not dense_mlp:
+    if not graph.expert_width:
         size = keys.size("feed_forward_length")
         keys.only("expert_feed_forward_length", 0, size)
         return size

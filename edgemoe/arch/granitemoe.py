@@ -14,10 +14,12 @@ from typing import Any
 from ..types import ModelConfig
 from .common import ConfigReader, base_config
 from .family import Family, GgufForm
-from .gguf import GgufReader, gguf_config
+from .gguf import GgufGraph, GgufReader, gguf_config
 from .tensors import LLAMA_ROLES, TensorNames
 
 _MOST = 1e6
+
+_GRAPH = GgufGraph(norm_topk_prob=True)
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -47,7 +49,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
 
 def parse_gguf(keys: GgufReader) -> ModelConfig:
     """ModelConfig of the metadata of a granitemoe GGUF."""
-    base = gguf_config(keys, model_type="granitemoe", norm_topk_prob=True)
+    base = gguf_config(keys, "granitemoe", _GRAPH)
     config = replace(
         base,
         embedding_multiplier=keys.scale("embedding_scale", most=_MOST) or 1.0,
@@ -69,5 +71,5 @@ FAMILY = Family(
             "block_sparse_moe.output_linear.weight",
         ),
     ),
-    GgufForm("granitemoe", parse_gguf, paired_rows=True),
+    GgufForm("granitemoe", parse_gguf, _GRAPH, paired_rows=True),
 )

@@ -13,8 +13,10 @@ from typing import Any
 from ..types import ModelConfig
 from .common import MAX_CONTEXT, ConfigReader, base_config
 from .family import Family, GgufForm
-from .gguf import GgufReader, gguf_config, gguf_windows
+from .gguf import GgufGraph, GgufReader, gguf_config, gguf_windows
 from .tensors import LLAMA_ROLES, TensorNames
+
+_GRAPH = GgufGraph(norm_topk_prob=True)
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -40,7 +42,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
 
 def parse_gguf(keys: GgufReader) -> ModelConfig:
     """ModelConfig of the metadata of a GGUF of the llama architecture that has experts."""
-    base = gguf_config(keys, model_type="mixtral", norm_topk_prob=True)
+    base = gguf_config(keys, "mixtral", _GRAPH)
     window, full = gguf_windows(keys, base.num_hidden_layers)
     keys.finish()
     return replace(base, sliding_window=window, full_attention_layers=full)
@@ -57,5 +59,5 @@ FAMILY = Family(
             "down": "block_sparse_moe.experts.{expert}.w2.weight",
         },
     ),
-    GgufForm("llama", parse_gguf, paired_rows=True),
+    GgufForm("llama", parse_gguf, _GRAPH, paired_rows=True),
 )

@@ -13,8 +13,10 @@ from ..errors import UnsupportedError
 from ..types import ModelConfig
 from .common import ConfigReader, base_config
 from .family import Family, GgufForm
-from .gguf import GgufReader, gguf_config
+from .gguf import GgufGraph, GgufReader, gguf_config
 from .tensors import TensorNames
+
+_GRAPH = GgufGraph(norm_topk_prob=False, qk_norm="full")
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -41,7 +43,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
 
 def parse_gguf(keys: GgufReader) -> ModelConfig:
     """ModelConfig of the metadata of an olmoe GGUF."""
-    base = gguf_config(keys, model_type="olmoe", norm_topk_prob=False, qk_norm="full")
+    base = gguf_config(keys, "olmoe", _GRAPH)
     _check_width(base, keys.where)
     config = replace(base, clip_qkv=keys.scale("attention.clamp_kqv", most=1e9))
     keys.finish()
@@ -57,4 +59,4 @@ def _check_width(config: ModelConfig, where: str) -> None:
         )
 
 
-FAMILY = Family("olmoe", parse_config, TensorNames(), GgufForm("olmoe", parse_gguf))
+FAMILY = Family("olmoe", parse_config, TensorNames(), GgufForm("olmoe", parse_gguf, _GRAPH))

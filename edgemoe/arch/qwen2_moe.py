@@ -12,8 +12,10 @@ from typing import Any
 from ..types import ModelConfig
 from .common import ConfigReader, base_config, dense_layers, windows_by_layer
 from .family import Family, GgufForm
-from .gguf import GgufReader, gguf_config, gguf_windows
+from .gguf import GgufGraph, GgufReader, gguf_config, gguf_windows
 from .tensors import TensorNames
+
+_GRAPH = GgufGraph(norm_topk_prob=False, expert_width=True)
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -44,7 +46,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
 
 def parse_gguf(keys: GgufReader) -> ModelConfig:
     """ModelConfig of the metadata of a qwen2moe GGUF."""
-    base = gguf_config(keys, model_type="qwen2_moe", norm_topk_prob=False, dense_mlp=True)
+    base = gguf_config(keys, "qwen2_moe", _GRAPH)
     window, full = gguf_windows(keys, base.num_hidden_layers)
     key = "expert_shared_feed_forward_length"
     # Files from before that key: the shared expert is as wide as a plain MLP.
@@ -60,4 +62,4 @@ def parse_gguf(keys: GgufReader) -> ModelConfig:
     )
 
 
-FAMILY = Family("qwen2_moe", parse_config, TensorNames(), GgufForm("qwen2moe", parse_gguf))
+FAMILY = Family("qwen2_moe", parse_config, TensorNames(), GgufForm("qwen2moe", parse_gguf, _GRAPH))

@@ -12,8 +12,10 @@ from typing import Any
 from ..types import ModelConfig
 from .common import ConfigReader, base_config, dense_layers, sliding_window
 from .family import Family, GgufForm
-from .gguf import GgufReader, gguf_config, gguf_windows
+from .gguf import GgufGraph, GgufReader, gguf_config, gguf_windows
 from .tensors import TensorNames
+
+_GRAPH = GgufGraph(norm_topk_prob=True, qk_norm="head", expert_width=True)
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -43,12 +45,10 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
 
 def parse_gguf(keys: GgufReader) -> ModelConfig:
     """ModelConfig of the metadata of a qwen3moe GGUF."""
-    base = gguf_config(
-        keys, model_type="qwen3_moe", norm_topk_prob=True, qk_norm="head", dense_mlp=True
-    )
+    base = gguf_config(keys, "qwen3_moe", _GRAPH)
     window, full = gguf_windows(keys, base.num_hidden_layers)
     keys.finish()
     return replace(base, sliding_window=window, full_attention_layers=full)
 
 
-FAMILY = Family("qwen3_moe", parse_config, TensorNames(), GgufForm("qwen3moe", parse_gguf))
+FAMILY = Family("qwen3_moe", parse_config, TensorNames(), GgufForm("qwen3moe", parse_gguf, _GRAPH))

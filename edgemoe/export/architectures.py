@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from ..arch import (
     EXPERT_PARTS,
@@ -35,30 +35,24 @@ _MAX_EXPERTS = 1024
 
 @dataclass(frozen=True)
 class Architecture:
-    """What one of llama.cpp's graphs does.
+    """What one of llama.cpp's graphs does, beyond what its GgufForm says.
 
     Attributes:
         form: how its files spell a model.
-        renormalises: whether the weights of the chosen experts are divided by their sum.
-        qk_norm: as in ModelConfig.
         ties_output: a missing output.weight stands for the embedding.
         output_bias: the projection after attention may have a bias.
         square: attention is as wide as the hidden state.
         all_heads: keys and values have as many heads as queries.
-        shared_expert: every layer has one, and experts have a width of their own.
-        expert_width: experts have a width key of their own.
+        shared_expert: every layer has one.
         multipliers: Granite's four.
     """
 
     form: GgufForm
-    renormalises: bool
-    qk_norm: Literal["none", "head", "full"] = "none"
     ties_output: bool = True
     output_bias: bool = False
     square: bool = False
     all_heads: bool = False
     shared_expert: bool = False
-    expert_width: bool = False
     multipliers: bool = False
 
     @property
@@ -76,20 +70,13 @@ def _form(model_type: str) -> GgufForm:
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
-        "qwen3_moe": Architecture(_form("qwen3_moe"), True, qk_norm="head", expert_width=True),
+        "qwen3_moe": Architecture(_form("qwen3_moe")),
         "qwen2_moe": Architecture(
-            _form("qwen2_moe"),
-            False,
-            ties_output=False,
-            square=True,
-            shared_expert=True,
-            expert_width=True,
+            _form("qwen2_moe"), ties_output=False, square=True, shared_expert=True
         ),
-        "olmoe": Architecture(
-            _form("olmoe"), False, qk_norm="full", ties_output=False, square=True, all_heads=True
-        ),
-        "mixtral": Architecture(_form("mixtral"), True, output_bias=True),
-        "granitemoe": Architecture(_form("granitemoe"), True, output_bias=True, multipliers=True),
+        "olmoe": Architecture(_form("olmoe"), ties_output=False, square=True, all_heads=True),
+        "mixtral": Architecture(_form("mixtral"), output_bias=True),
+        "granitemoe": Architecture(_form("granitemoe"), output_bias=True, multipliers=True),
     }
 )
 """model_type -> architecture."""
@@ -133,12 +120,12 @@ def architecture_of(config: ModelConfig, where: str) -> Architecture:
 
 def _obstacles(config: ModelConfig, arch: Architecture) -> Iterator[tuple[str, Any, str]]:
     """(option, value, what llama.cpp does instead) of all that the graph cannot compute."""
-    c = config
-    if c.norm_topk_prob != arch.renormalises:
-        does = "always" if arch.renormalises else "never"
+    c, graph = config, arch.form.graph
+    if c.norm_topk_prob != graph.norm_topk_prob:
+        does = "always" if graph.norm_topk_prob else "never"
         yield "norm_topk_prob", c.norm_topk_prob, f"{does} renormalises the experts' weights"
-    if c.qk_norm != arch.qk_norm:
-        yield "qk_norm", c.qk_norm, f"has {arch.qk_norm}"
+    if c.qk_norm != graph.qk_norm:
+        yield "qk_norm", c.qk_norm, f"has {graph.qk_norm}"
     if c.attention_bias and not arch.output_bias:
         yield "attention_bias", True, "has no bias after attention"
     if c.clip_qkv is not None:
@@ -181,14 +168,14 @@ def _multipliers(config: ModelConfig, arch: Architecture) -> Iterator[tuple[str,
 
 def metadata(config: ModelConfig, arch: Architecture) -> dict[str, Value]:
     """The key-values that describe the model itself, those of `arch`."""
-    c = config
+    c, own_width = config, arch.form.graph.expert_width
     width = c.moe_intermediate_size
     out: dict[str, Value] = {
         "vocab_size": c.vocab_size,
         "context_length": min(c.max_position_embeddings, (1 << 31) - 1),
         "embedding_length": c.hidden_size,
         "block_count": c.num_hidden_layers,
-        "feed_forward_length": width * c.num_experts_per_tok if arch.expert_width else width,
+        "feed_forward_length": width * c.num_experts_per_tok if own_width else width,
         "attention.head_count": c.num_attention_heads,
         "attention.head_count_kv": c.num_key_value_heads,
         "attention.key_length": c.head_dim,
@@ -199,7 +186,7 @@ def metadata(config: ModelConfig, arch: Architecture) -> dict[str, Value]:
         "expert_count": c.num_experts,
         "expert_used_count": c.num_experts_per_tok,
     }
-    if arch.expert_width:
+    if own_width:
         out["expert_feed_forward_length"] = width
     if arch.shared_expert:
         out["expert_shared_feed_forward_length"] = c.shared_expert_intermediate_size
