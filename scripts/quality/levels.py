@@ -1,0 +1,117 @@
+"""Our side: every level of a store as the engine runs it, against its checkpoint in float32."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgemoe import kernels, mwq
+from edgemoe.checkpoint import Checkpoint
+from edgemoe.engine import Model, load
+from edgemoe.errors import UsageError, shown
+from edgemoe.evaluate import LOGITS, Runner, TokenScores, rows_at_once, score_windows, scratch_bytes
+from edgemoe.model import Span
+from edgemoe.mwq.convert import convert
+from edgemoe.reference_cache import ReferenceFile
+from edgemoe.reference_logits import TOP
+from edgemoe.store import Store
+from edgemoe.terminal.evaluate_output import progress
+from edgemoe.types import F32, I64
+
+from . import scores
+from .scored_text import ScoredText
+from .work import Work, identity, say
+
+DENSE_BITS = 8
+
+
+def converted(checkpoint: Checkpoint, work: Work) -> Path:
+    """A store of the checkpoint with all levels, made in the work directory.
+
+    It is made again when a file of edgemoe.mwq changes; of changes in native code it knows nothing.
+    """
+
+    def make(out: Path) -> None:
+        with progress("conversion") as report:
+            convert(checkpoint, out, max_level=8, progress=lambda a, b, _: report(a, b))
+
+    sources = sorted(Path(mwq.__file__).parent.glob("*.py"))
+    method = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    files = [identity(f) for f in checkpoint.fingerprint_files()]
+    return work.product("converted.emoe", {"checkpoint": files, "method": method}, make).path
+
+
+def measure(
+    checkpoint: Checkpoint, store: Path, text: ScoredText, work: Work, wanted: Sequence[int] = ()
+) -> list[dict[str, Any]]:
+    """Bits, divergence, change of perplexity and same-top share of each level; JSON-ready.
+
+    bits are those of an expert's prefix on disk, scales and padding included. Dense weights are
+    read at 8 bits, activations are the engine's int8.
+
+    Raises:
+        UsageError: the store lacks a wanted level (none: all it has), or is another model's.
+    """
+    with Store.open(store) as opened:
+        bits = expert_bits(opened)
+        if opened.config != checkpoint.config:
+            raise UsageError(f"{shown(store)} was not made of {shown(checkpoint.path)}")
+    missing = set(wanted) - set(bits)
+    if missing:
+        raise UsageError(f"{shown(store)} has no level {min(missing)}; it has {sorted(bits)}")
+    out = []
+    for level in wanted or bits:
+        # made only when some level has still to be scored
+        key = {"store": identity(store), "text": text.digest, "level": level, "isa": kernels.isa()}
+
+        def make(path: Path, level: int = level) -> None:
+            with scores.references(checkpoint, text) as known:
+                found = _scores(store, level, text, known)
+            scores.save(path, found, text)
+
+        name = f"levels-{store.stem}-{level}-{text.name}.npz"
+        saved = scores.load(work.product(name, key, make).path)
+        found = scores.figures(saved.windows, text)
+        out.append({"level": level, "bits": bits[level]} | found)
+        say(f"level {level}: {bits[level]:.3f} bits, KLD {found['kld']:.6f}")
+    return out
+
+
+def expert_bits(store: Store) -> dict[int, float]:
+    """Bits a weight of the read that brings an expert to each level it has."""
+    layout = store.expert_layout
+    return {
+        level: 8 * layout.prefix_bytes(i) / layout.weights()
+        for i, level in enumerate(layout.quant.levels)
+    }
+
+
+def _scores(store: Path, level: int, text: ScoredText, known: ReferenceFile) -> list[TokenScores]:
+    longest = max(len(w.inputs) for w in text.windows)
+    with Store.open(store) as opened:
+        vocab = opened.config.vocab_size
+    reserve = scratch_bytes(vocab, min(TOP, vocab))
+    with (
+        load(store, bits=level, dense_bits=DENSE_BITS, ctx_size=longest, reserve=reserve) as model,
+        progress(f"level {level}") as report,
+    ):
+        return score_windows(_runner(model), text.windows, known, report)
+
+
+def _runner(model: Model) -> Runner:
+    cache, chunk = model.new_cache(), model.plan.prefill_chunk
+    step = rows_at_once(model.config.vocab_size, LOGITS)
+
+    def run(tokens: I64, first: int) -> Iterator[F32]:
+        cache.rewind(0)
+        for at in range(0, len(tokens), chunk):
+            part = tokens[at : at + chunk]
+            x = model.hidden(part, [Span(cache, len(part))])
+            for row in range(max(first - at, 0), len(part), step):
+                yield model.logits(np.ascontiguousarray(x[row : row + step]))
+
+    return run
