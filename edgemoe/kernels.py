@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import cpus
 from .errors import EdgeMoEError, KernelError, UsageError, shown
+from .kv_layout import KVLayout
 from .layout import ROW_BLOCK, UNIT, MatrixLayout, RecordLayout
 from .types import F32, I8, I32, I64, LEVELS, U8, U64, NestedScales, QuantSpec
 
@@ -112,10 +114,8 @@ if os.environ.get("EDGEMOE_ISA"):
 
 
 def default_threads() -> int:
-    """CPUs this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(len(os.sched_getaffinity(0)), MAX_THREADS)
-    return min(os.cpu_count() or 1, MAX_THREADS)
+    """Performance cores that this process may use, its CPU quota counted (cpus.py)."""
+    return min(cpus.usable(), MAX_THREADS)
 
 
 def new_pool(threads: int) -> Pool:
@@ -353,28 +353,66 @@ def combine(pool: Pool, pair_out: F32, position: I32, weights: F32) -> F32:
     return y
 
 
+def _check_kv(layout: KVLayout, data: U8, start: int, n: int) -> None:
+    _check("data", data, np.uint8, *layout.shape)
+    if n < 1:
+        raise KernelError("a batch of no tokens: expected at least one")
+    if start < 0 or start + n > layout.capacity:
+        raise KernelError(f"start: positions {start}..{start + n} exceed {layout.capacity}")
+
+
+def kv_write(pool: Pool, layout: KVLayout, data: U8, k: F32, v: F32, start: int) -> None:
+    """Store keys and values of positions start, start + 1, ...; k, v float32 [n, kv_heads, d].
+
+    data: uint8 [kv_heads, blocks, block bytes], one layer's (kv_layout.py says how it lies there).
+    """
+    _check("k", k, np.float32, None, layout.kv_heads, layout.head_dim)
+    _check("v", v, np.float32, *k.shape)
+    _check_kv(layout, data, start, len(k))
+    _native.kv_write(pool, data, layout.kind, k, v, start)
+
+
+_NO_SINKS = np.empty(0, np.float32)
+
+
 def attention(
-    pool: Pool, q: F32, k: F32, v: F32, start: int, scale: float, window: int | None = None
+    pool: Pool,
+    q: F32,
+    layout: KVLayout,
+    data: U8,
+    start: int,
+    scale: float,
+    window: int | None = None,
+    sinks: F32 | None = None,
 ) -> F32:
     """Causal softmax(q k^T * scale) v of new tokens at positions start, start + 1, ...
 
-    q: float32 [n, heads, d]; k, v: float32 [kv_heads, capacity, d], holding positions
+    q: float32 [n, heads, d]; data: uint8 [kv_heads, blocks, block bytes], which holds positions
     0 .. start + n - 1; each position sees itself and the `window - 1` before it (None: all).
-    Returns float32 [n, heads, d].
+    sinks: float32 [heads], a score of each head that joins its softmax without a value. Returns
+    float32 [n, heads, d], computed as em_attention in native/edgemoe.h says.
     """
-    _check("q", q, np.float32, None, None, None)
-    n, heads, d = q.shape
-    _check("k", k, np.float32, None, None, d)
-    _check("v", v, np.float32, *k.shape)
-    if k.shape[0] == 0 or heads % k.shape[0]:
-        raise KernelError(f"k: {k.shape[0]} KV heads do not divide {heads} heads")
-    if start < 0 or start + n > k.shape[1]:
-        raise KernelError(f"start: positions {start}..{start + n} exceed capacity {k.shape[1]}")
+    _check("q", q, np.float32, None, None, layout.head_dim)
+    n, heads = q.shape[:2]
+    if layout.kv_heads == 0 or heads % layout.kv_heads:
+        raise KernelError(f"q: {layout.kv_heads} KV heads do not divide {heads} heads")
+    _check_kv(layout, data, start, n)
     if window is not None and window < 1:
         raise KernelError(f"window: expected at least 1, got {window}")
+    if sinks is not None:
+        _check("sinks", sinks, np.float32, heads)
     out = np.empty_like(q)
-    _native.attention(pool, q, k, v, start, window or 0, scale, out)
+    args = (layout.kind, start, window or 0, scale, _NO_SINKS if sinks is None else sinks, out)
+    _native.attention(pool, q, data, *args)
     return out
+
+
+def stream_read(pool: Pool, data: U8) -> int:
+    """Sum modulo 2^64 of the 64-bit words of data: what reading memory alone takes."""
+    _check("data", data, np.uint8, None)
+    if data.nbytes % 64 or data.ctypes.data % 64:
+        raise KernelError("data: expected whole cache lines")
+    return _native.stream_read(pool, data)
 
 
 def quantize_rows(pool: Pool, w: F32, quant: QuantSpec) -> tuple[U8, NestedScales]:
@@ -439,13 +477,21 @@ def dequantize(pool: Pool, data: U8, type_name: str, out: F32) -> None:
 
 
 def scratch_bytes(
-    layout: RecordLayout, dense: Sequence[RecordLayout], threads: int, n: int, k: int, ctx: int
+    layout: RecordLayout,
+    dense: Sequence[RecordLayout],
+    threads: int,
+    n: int,
+    k: int,
+    heads: tuple[int, int, int],
 ) -> int:
-    """Pool scratch that a forward pass of n tokens, k experts each, context ctx needs at most."""
+    """Pool scratch that a forward pass of n tokens, k experts each, needs at most.
+
+    heads: (query heads, KV heads, columns of a head).
+    """
     gate = layout.matrices[0]
     units = _group_units(layout)
     return max(
         _native.experts_scratch(threads, n, n * k, gate.cols, gate.rows, units),
-        _native.attention_scratch(threads, ctx),
+        _native.attention_scratch(threads, n, *heads),
         *(_native.linear_scratch(n, d.matrices[0].cols, units) for d in dense),
     )

@@ -156,18 +156,31 @@ def combine(pair_out: F32, position: I32, weights: F32) -> F64:
     return np.asarray(np.einsum("nk,nkh->nh", weights.astype(np.float64), pair_out[position]))
 
 
-def attention(q: F32, k: F32, v: F32, start: int, scale: float, window: int | None = None) -> F64:
-    """Causal attention of n new tokens over the cache: [n, heads, d]."""
+def attention(
+    q: F32,
+    k: F32,
+    v: F32,
+    start: int,
+    scale: float,
+    window: int | None = None,
+    sinks: F32 | None = None,
+) -> F64:
+    """Causal attention of n new tokens, k and v [positions, kv_heads, d]: [n, heads, d].
+
+    reference_attention.py is the twin that has the kernels' bits.
+    """
     n, heads, _ = q.shape
     out = np.empty(q.shape)
     for i in range(n):
         last = start + i
         first = 0 if window is None else max(0, last - window + 1)
         for h in range(heads):
-            g = h // (heads // k.shape[0])
-            keys, values = k[g, first : last + 1], v[g, first : last + 1]
-            p = softmax(keys.astype(np.float64) @ q[i, h].astype(np.float64) * scale)
-            out[i, h] = p @ values
+            g = h // (heads // k.shape[1])
+            keys, values = (a[first : last + 1, g].astype(np.float64) for a in (k, v))
+            scores = keys @ q[i, h].astype(np.float64) * scale
+            if sinks is not None:
+                scores = np.append(scores, sinks[h])
+            out[i, h] = softmax(scores)[: len(values)] @ values
     return out
 
 

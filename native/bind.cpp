@@ -193,15 +193,36 @@ NB_MODULE(_native, m) {
         "pool"_a, "pair_out"_a.noconvert(), "position"_a.noconvert(), "weights"_a.noconvert(),
         "y"_a.noconvert());
 
+    m.def("kv_block_bytes", &em_kv_block_bytes, "kind"_a, "d"_a);
+
+    m.def(
+        "kv_write",
+        [](Pool &pool, Array<uint8_t> data, int kind, ConstF32 k, ConstF32 v, int start) {
+            const em_kv kv = {data.data(), kind, dim(k, 1), dim(k, 2), dim(data, 1)};
+            nb::gil_scoped_release nogil;
+            em_kv_write(pool.p, &kv, k.data(), v.data(), dim(k, 0), start);
+        },
+        "pool"_a, "data"_a.noconvert(), "kind"_a, "k"_a.noconvert(), "v"_a.noconvert(), "start"_a);
+
     m.def(
         "attention",
-        [](Pool &pool, ConstF32 q, ConstF32 k, ConstF32 v, int start, int window, float scale, F32 out) {
+        [](Pool &pool, ConstF32 q, Array<uint8_t> data, int kind, int start, int window, float scale,
+           ConstF32 sinks, F32 out) {
+            const em_kv kv = {data.data(), kind, dim(data, 0), dim(q, 2), dim(data, 1)};
             nb::gil_scoped_release nogil;
-            check(em_attention(pool.p, q.data(), k.data(), v.data(), dim(q, 0), dim(q, 1), dim(k, 0),
-                               dim(q, 2), dim(k, 1), start, window, scale, out.data()));
+            check(em_attention(pool.p, q.data(), &kv, dim(q, 0), dim(q, 1), start, window, scale,
+                               sinks.size() ? sinks.data() : nullptr, out.data()));
         },
-        "pool"_a, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "start"_a, "window"_a, "scale"_a,
-        "out"_a.noconvert());
+        "pool"_a, "q"_a.noconvert(), "data"_a.noconvert(), "kind"_a, "start"_a, "window"_a, "scale"_a,
+        "sinks"_a.noconvert(), "out"_a.noconvert());
+
+    m.def(
+        "stream_read",
+        [](Pool &pool, Array<const uint8_t> data) {
+            nb::gil_scoped_release nogil;
+            return em_stream_read(pool.p, data.data(), data.size());
+        },
+        "pool"_a, "data"_a.noconvert());
 
     m.def(
         "quantize_rows",
@@ -253,5 +274,5 @@ NB_MODULE(_native, m) {
     m.def("linear_scratch", &em_linear_scratch, "n"_a, "cols"_a, "group_units"_a);
     m.def("experts_scratch", &em_experts_scratch, "threads"_a, "n"_a, "pairs"_a, "hidden"_a, "intermediate"_a,
           "group_units"_a);
-    m.def("attention_scratch", &em_attention_scratch, "threads"_a, "positions"_a);
+    m.def("attention_scratch", &em_attention_scratch, "threads"_a, "n"_a, "heads"_a, "kv_heads"_a, "d"_a);
 }

@@ -300,6 +300,8 @@ def test_store_with_a_damaged_header(store: Path, tmp_path: Path) -> None:
         (["--bits", "5"], "'--bits': must be 2, 3, 4, 6 or 8, not 5"),
         (["--dense-bits", "x"], "'--dense-bits': must be 2, 3, 4, 6 or 8, not x"),
         (["-t", "0"], "'--threads': must be a whole number from 1 to 1024, not 0"),
+        (["-t", "10000"], "'--threads': must be a whole number from 1 to 1024, not 10000"),
+        (["--kv-type", "f32"], "'f32' is not one of 'f16', 'int8'"),
         (["-t", "1025"], "from 1 to 1024, not 1025"),
         (["-n", "0"], "'--max-tokens': must be a whole number from 1 to 2147483647, not 0"),
         (["-n", "many"], "must be a whole number .*, not many"),

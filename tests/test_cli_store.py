@@ -163,6 +163,7 @@ def test_inspect_text(store: Path) -> None:
     for expected in (
         r"qwen3_moe, 0\.02 M weights",
         r"3 layers, 2 with 4 experts of which 2 work on a token; hidden size 16, expert size 12",
+        r"KV cache \d+ B \(f16\) or \d+ B \(int8\) a token",
         r"vocabulary 264, context 32768",
         r"\nexperts +0\.00 M +[\d.]+ KiB +[\d.]+ %\n",
         r"\n2 bits +[\d.]+ KiB +[\d.]+ ",

@@ -21,6 +21,7 @@ import edgemoe
 from edgemoe import kernels
 from edgemoe.errors import KernelError
 from edgemoe.kernels import NestedMatrix, Pool
+from edgemoe.kv_layout import KVLayout
 from edgemoe.layout import dense_layout, expert_layout
 from edgemoe.types import LEVELS, QuantSpec
 
@@ -198,23 +199,56 @@ def test_route(same: Same, experts: int, k: int) -> None:
         same(lambda pool, normalize=normalize: list(kernels.route(logits, k, normalize)))
 
 
-@pytest.mark.parametrize("d", [1, 20, 64, 128])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
-def test_attention(same: Same, d: int, heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "int8"])
+@pytest.mark.parametrize(
+    ("d", "heads", "kv_heads"), [(1, 4, 4), (20, 6, 2), (64, 3, 1), (128, 8, 1), (80, 4, 2)]
+)
+def test_attention(same: Same, d: int, heads: int, kv_heads: int, kv_type: str) -> None:
     rng = np.random.default_rng(d)
-    k, v = rng.standard_normal((2, kv_heads, 50, d)).astype(np.float32)
-    k[:, 33:] = v[:, 33:] = np.nan  # beyond the last token: must never be read
+    k, v = rng.standard_normal((2, 330, kv_heads, d)).astype(np.float32)
+    k[5], k[6], v[7], v[9, :, 0] = 0.0, 1e-43, 1e-38, 1e6  # no scale, subnormals, beyond float16
     q = rng.standard_normal((20, heads, d)).astype(np.float32) * 3
     q[3] *= 1e4  # all the weight goes to one position
+    sinks = rng.standard_normal(heads).astype(np.float32)
+    layout = KVLayout(kv_type, kv_heads, d, 333)
 
     def case(pool: Pool) -> list[np.ndarray]:
-        return [
-            kernels.attention(pool, q[:n], k, v, 33 - n, d**-0.5, window)
+        (data,) = layout.allocate(1)
+        data[:] = 0xFF  # NaN, but for codes: what was never stored must not be seen
+        kernels.kv_write(pool, layout, data, k[:313].copy(), v[:313].copy(), 0)
+        kernels.kv_write(pool, layout, data, k[313:].copy(), v[313:].copy(), 313)
+        return [data] + [
+            kernels.attention(pool, q[:n], layout, data, 330 - n, d**-0.5, window, given)
             for n in (1, 20)
-            for window in (None, 1, 5, 16, 33, 100)
+            for window in (None, 1, 5, 64, 100, 330)
+            for given in (None, sinks)
         ]
 
     same(case)
+
+
+def test_float16_and_codes_of_any_value(same: Same) -> None:
+    """Every sign, exponent and way to round, stored and read again."""
+    bits = np.arange(0, 1 << 32, 257 * 13, dtype=np.uint64).astype(np.uint32)
+    x = bits[: bits.size // 256 * 256].view(np.float32).reshape(-1, 4, 64)
+    x = np.where(np.isfinite(x), x, np.float32(1))
+    for kv_type in ("f16", "int8"):
+        layout = KVLayout(kv_type, 4, 64, len(x))
+
+        def case(pool: Pool, layout: KVLayout = layout) -> list[np.ndarray]:
+            (data,) = layout.allocate(1)
+            kernels.kv_write(pool, layout, data, x, x[::-1].copy(), 0)
+            return [data]
+
+        same(case)
+
+
+def test_stream_read(same: Same) -> None:
+    data = np.random.default_rng(0).integers(0, 256, 1 << 20).astype(np.uint8)
+    room = np.empty(data.size + 64, np.uint8)
+    aligned = room[-room.ctypes.data % 64 :][: data.size]
+    aligned[:] = data
+    same(lambda pool: [np.array([kernels.stream_read(pool, aligned)], np.uint64)])
 
 
 @pytest.mark.parametrize("group", [32, 128])

@@ -17,10 +17,13 @@ PACKAGE = Path(edgemoe.__file__).parent
 RANK = {
     "errors": 0,
     "types": 0,
+    "cpus": 0,
     "layout": 1,
+    "kv_layout": 1,
     "numba_backend": 1,
     "kernels": 2,
     "reference": 2,
+    "reference_attention": 2,
     "reference_ggml": 2,
     "store": 3,
     "arch": 2,
