@@ -398,6 +398,42 @@ def quantize_rows(pool: Pool, w: F32, quant: QuantSpec) -> tuple[U8, NestedScale
     return codes, NestedScales(exponent, step, zero, gain, shift)
 
 
+def nest_rows(
+    pool: Pool,
+    w: F32,
+    codes: U8,
+    quant: QuantSpec,
+    affine: tuple[F32, F32],
+    feedback: F32,
+    weight: F32,
+    reach: int,
+) -> None:
+    """Replace nearest codes [rows, cols] by those that serve all levels best together, in place.
+
+    Column after column takes the code, at most `reach` from the nearest, of the smallest sum over
+    levels of weight[l] * (decoded - target)^2: targets are the weights less what they make up of
+    the errors of earlier columns, level by level (GPTQ's compensation, arXiv 2210.17323, with one
+    code for several levels).
+
+    Args:
+        w: float32 [rows, cols]. affine: (s, o) float32 [levels, rows, groups], w = s * code + o.
+        feedback: float32 [cols, cols]; [i, j] is what column j > i makes up of column i's error.
+        weight: float32 [levels]. reach: 0 to 255.
+    """
+    _check("w", w, np.float32, None, None)
+    rows, cols = w.shape
+    count, groups = len(quant.levels), -(-cols // quant.group_size)
+    _check("codes", codes, np.uint8, rows, cols)
+    _check("feedback", feedback, np.float32, cols, cols)
+    _check("weight", weight, np.float32, count)
+    for name, array in zip("so", affine, strict=True):
+        _check(name, array, np.float32, count, rows, groups)
+    if not 0 <= reach <= 255:
+        raise KernelError(f"reach: {reach} is not from 0 to 255")
+    bits = np.repeat(np.array(quant.levels, np.int32)[:, None], -(-cols // UNIT), axis=1)
+    _native.nest_rows(pool, w, quant.group_size, feedback, *affine, bits, weight, reach, codes)
+
+
 def pack_rows(pool: Pool, codes: U8, levels: Sequence[int]) -> list[U8]:
     """The bytes that a run of whole row blocks adds to the plane of each level.
 

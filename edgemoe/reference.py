@@ -213,6 +213,39 @@ def quantize_rows(w: F32, quant: QuantSpec) -> tuple[U8, NestedScales]:
     return codes, NestedScales(exponents, step, zero.astype(np.uint8), gain, shift)
 
 
+def nest_rows(
+    w: F32,
+    codes: U8,
+    quant: QuantSpec,
+    affine: tuple[F32, F32],
+    feedback: F32,
+    weight: F32,
+    reach: int,
+) -> U8:
+    """Codes chosen for all levels together, every row at once; the kernels' float32 operations."""
+    out: U8 = codes.copy()
+    target = [w.copy() for _ in quant.levels]
+    offsets = np.arange(-reach, reach + 1)
+    for i in range(w.shape[1]):
+        s, o = (a[:, :, i // quant.group_size, None] for a in affine)
+        code = codes[:, i, None].astype(np.int64) + offsets
+        cost = np.zeros(code.shape, np.float32)
+        for level, bits in enumerate(quant.levels):
+            d = s[level] * (code >> (8 - bits)).astype(np.float32) + o[level]
+            d -= target[level][:, i, None]
+            cost += weight[level] * (d * d)
+        cost[(code < 0) | (code > 255)] = np.inf
+        best = np.take_along_axis(code, cost.argmin(axis=1)[:, None], axis=1)
+        kept = ~(cost.min(axis=1) < cost[:, reach])  # ties, and huge weights, whose costs are inf
+        best[kept, 0] = codes[kept, i]
+        out[:, i] = best[:, 0]
+        for level, bits in enumerate(quant.levels):
+            decoded = s[level] * (best >> (8 - bits)).astype(np.float32) + o[level]
+            error = target[level][:, i, None] - decoded
+            target[level][:, i + 1 :] -= error * feedback[i, i + 1 :]
+    return out
+
+
 def pack_rows(codes: U8, levels: Sequence[int]) -> list[U8]:
     """Plane bytes of whole row blocks, bit by bit as docs/FORMAT.md says."""
     rows, cols = codes.shape

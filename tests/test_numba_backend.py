@@ -22,6 +22,7 @@ from edgemoe import kernels
 from edgemoe.errors import KernelError
 from edgemoe.kernels import NestedMatrix, Pool
 from edgemoe.layout import dense_layout, expert_layout
+from edgemoe.mwq.packing import affine
 from edgemoe.types import LEVELS, QuantSpec
 
 pytest.importorskip("numba", reason="numba is not installed: pip install 'edgemoe[numba]'")
@@ -256,11 +257,17 @@ def test_conversion(same: Same) -> None:
         w[0], w[3] = 0.5, 0.0
         w[1] *= 1e-42
         w[2, ::9] *= 1e4
+        w[4] *= 1e25
 
         def case(pool: Pool, w: np.ndarray = w, quant: QuantSpec = quant) -> list[np.ndarray]:
             codes, scales = kernels.quantize_rows(pool, w, quant)
             parts = [scales.exponent, scales.step, scales.zero, scales.shift]
-            return [codes, *parts, *kernels.pack_rows(pool, codes, quant.levels)]
+            pairs = [affine(scales, level, i) for i, level in enumerate(quant.levels)]
+            s, o = (np.stack(values) for values in zip(*pairs, strict=True))
+            feedback = np.triu(np.full((w.shape[1],) * 2, 0.1, np.float32), 1)
+            better = codes.copy()
+            kernels.nest_rows(pool, w, better, quant, (s, o), feedback, np.ones(5, np.float32), 40)
+            return [codes, *parts, better, *kernels.pack_rows(pool, codes, quant.levels)]
 
         same(case)
 

@@ -43,9 +43,10 @@ RANK = {
     "multiple_choice": 8,
     "reference_cache": 8,
     "reference_logits": 9,
+    "calibration": 10,
     "engine": 8,
 }
-TOP = 10  # cli and what only it uses
+TOP = 11  # cli and what only it uses
 SIBLINGS = {"mwq", "loader", "hebf", "perfmodel", "cpu_attn"}
 
 

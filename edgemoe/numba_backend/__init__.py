@@ -38,6 +38,7 @@ __all__ = [
     "linear_f32",
     "linear_scratch",
     "matrix",
+    "nest_rows",
     "pack_rows",
     "quantize_rows",
     "rmsnorm",
@@ -257,6 +258,24 @@ def quantize_rows(
     with pool.lock:
         pool.run(conversion.quantize_rows, len(w), 8 * w.size, w, group, levels, *out)
     return not bad.any()
+
+
+def nest_rows(
+    pool: Pool,
+    w: F32,
+    group: int,
+    feedback: F32,
+    s: F32,
+    o: F32,
+    bits: I32,
+    weight: F32,
+    reach: int,
+    codes: U8,
+) -> None:
+    """Better codes [rows, cols] of w for all levels together, in place: kernels.nest_rows."""
+    with pool.lock:
+        out = (w, group, feedback, s, o, bits, weight, reach, codes)
+        pool.run(conversion.nest_rows, len(w), 8 * w.size * w.shape[1], *out)
 
 
 def pack_rows(pool: Pool, codes: U8, levels: I32, planes: Sequence[U8]) -> None:
