@@ -71,6 +71,18 @@ def quantize_rows(
     zero: U8,
     shift: U8,
 ) -> bool: ...
+def nest_rows(
+    pool: Pool,
+    w: F32,
+    group: int,
+    feedback: F32,
+    s: F32,
+    o: F32,
+    bits: I32,
+    weight: F32,
+    reach: int,
+    codes: U8,
+) -> None: ...
 def pack_rows(pool: Pool, codes: U8, levels: I32, planes: Sequence[U8]) -> None: ...
 def ggml_blocks() -> dict[str, tuple[int, int]]: ...
 def dequantize(pool: Pool, data: U8, type_name: str, out: F32) -> None: ...

@@ -1,4 +1,4 @@
-"""A plain NumPy twin of every kernel: same signature as in kernels.py, float64 inside.
+"""A plain NumPy twin of every kernel: same signature as in kernels/, float64 inside.
 
 Integer results equal the kernels' exactly; float results are what the kernels approximate. A
 nested matrix comes decoded into codes and scales, so that the twins know nothing of bit layouts.
@@ -224,6 +224,39 @@ def quantize_rows(w: F32, quant: QuantSpec) -> tuple[U8, NestedScales]:
     gain = np.ones((len(quant.levels), rows), np.float32)
     exponents = (base + 127).astype(np.uint8)
     return codes, NestedScales(exponents, step, zero.astype(np.uint8), gain, shift)
+
+
+def nest_rows(
+    w: F32,
+    codes: U8,
+    quant: QuantSpec,
+    affine: tuple[F32, F32],
+    feedback: F32,
+    weight: F32,
+    reach: int,
+) -> U8:
+    """Codes chosen for all levels together, every row at once; the kernels' float32 operations."""
+    out: U8 = codes.copy()
+    target = [w.copy() for _ in quant.levels]
+    offsets = np.arange(-reach, reach + 1)
+    for i in range(w.shape[1]):
+        s, o = (a[:, :, i // quant.group_size, None] for a in affine)
+        code = codes[:, i, None].astype(np.int64) + offsets
+        cost = np.zeros(code.shape, np.float32)
+        for level, bits in enumerate(quant.levels):
+            d = s[level] * (code >> (8 - bits)).astype(np.float32) + o[level]
+            d -= target[level][:, i, None]
+            cost += weight[level] * (d * d)
+        cost[(code < 0) | (code > 255)] = np.inf
+        best = np.take_along_axis(code, cost.argmin(axis=1)[:, None], axis=1)
+        kept = ~(cost.min(axis=1) < cost[:, reach])  # ties, and huge weights, whose costs are inf
+        best[kept, 0] = codes[kept, i]
+        out[:, i] = best[:, 0]
+        for level, bits in enumerate(quant.levels):
+            decoded = s[level] * (best >> (8 - bits)).astype(np.float32) + o[level]
+            error = target[level][:, i, None] - decoded
+            target[level][:, i + 1 :] -= error * feedback[i, i + 1 :]
+    return out
 
 
 def pack_rows(codes: U8, levels: Sequence[int]) -> list[U8]:

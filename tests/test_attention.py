@@ -10,6 +10,7 @@ import pytest
 from edgemoe import kernels, reference, reference_attention
 from edgemoe.cpu_attn.kv_cache import KVCache, OnePass, cache_bytes
 from edgemoe.errors import KernelError, UsageError
+from edgemoe.kernels import dispatch
 from edgemoe.kv_layout import BLOCK, KV_TYPES, KVLayout
 from edgemoe.types import F32, U8, ModelConfig
 
@@ -172,7 +173,7 @@ def test_what_is_stored(isa: str, kv_type: str, d: int) -> None:
     k[2] = np.resize(np.array([127, 0.5, 1.5, -2.5, 126.5], np.float32), (heads, d))
     layout = KVLayout(kv_type, heads, d, n)
     data = filled(kernels.new_pool(2), layout, k, v)
-    assert layout.block_bytes == kernels._native.kv_block_bytes(layout.kind, d)
+    assert layout.block_bytes == dispatch.native.kv_block_bytes(layout.kind, d)
     assert layout.blocks == 2
     dtype = {"f32": np.float32, "f16": np.float16, "int8": np.int8}[kv_type]
     size, padded = np.dtype(dtype).itemsize, -(-d // 16) * 16
@@ -279,7 +280,7 @@ def test_scratch_is_bounded() -> None:
         layout = KVLayout("f16", kv_heads, d, 3000)
         (data,) = layout.allocate(1)
         for threads in (1, 2, 7):
-            bound = kernels._native.attention_scratch(threads, 128, heads, kv_heads, d)
+            bound = dispatch.native.attention_scratch(threads, 128, heads, kv_heads, d)
             pool = kernels.new_pool(threads)
             for n in (1, 2, 7, 64, 128):
                 q = rows(rng, n, heads, d)

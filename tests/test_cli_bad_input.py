@@ -66,6 +66,27 @@ def test_hub_names_are_not_downloaded(clean: Path) -> None:
     fails("convert", "org/name", "x.emoe", says=says, code=2, cwd=clean)
 
 
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "the text is empty"),
+        (b" \n\n", "the text is empty"),
+        (b"Once upon a time.", r"17 tokens are too few to calibrate on: give text of at least"),
+        (bytes(range(256)) * 9, "not UTF-8 text at byte 128"),
+        (b"GGUF\0\0\0\0" * 99, "a binary file, not text"),
+        (None, "cannot read the text: No such file or directory"),
+    ],
+)
+def test_calibration_text_that_is_none(
+    data: bytes | None, says: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "calib.txt"
+    if data is not None:
+        text.write_bytes(data)
+    fails("convert", checkpoint, tmp_path / "x.emoe", "--calib", text, says=says, code=2)
+    assert not list(tmp_path.glob("*.emoe*"))
+
+
 def test_missing_checkpoint(clean: Path) -> None:
     fails("convert", "nowhere", "x.emoe", says="nowhere does not exist", cwd=clean)
 

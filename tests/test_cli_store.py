@@ -73,6 +73,20 @@ def test_a_store_for_small_disks(tmp_path: Path) -> None:
     assert code == 2 and "'5' is not one of '4', '6', '8'" in err
 
 
+def test_a_store_for_some_text(tmp_path: Path) -> None:
+    """Any script will do; texts share the tokens that are taken."""
+    make_checkpoint(tmp_path / "src")
+    (tmp_path / "a.txt").write_text("Once upon a time there was a fox. " * 300)
+    (tmp_path / "b.txt").write_text("昔々あるところに狐がいました。" * 99, encoding="utf-8")
+    args = ("--calib", "a.txt", "--calib", "b.txt")
+    code, _, err = run("convert", "src", "x.emoe", *args, cwd=tmp_path)
+    assert code == 0 and "100 %" in err
+    code, out, _ = run("inspect", "x.emoe", "--json", "--verify", cwd=tmp_path)
+    assert code == 0 and json.loads(out)["metadata"]["quantizer"] == "affine8-nested"
+    code, _, err = run("run", "x.emoe", "hi", "-n", "4", "--bits", "2", cwd=tmp_path)
+    assert code == 0, err
+
+
 def test_progress_in_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import edgemoe
@@ -112,7 +113,7 @@ def test_threads_are_counted_and_the_limit_is_named() -> None:
 @pytest.mark.skipif(kernels.backend() != "native", reason="of the native pool")
 def test_an_idle_pool_uses_no_cpu() -> None:
     pool = kernels.new_pool(4)
-    data = kernels.np.zeros(1 << 20, "u1")
+    data = np.zeros(1 << 20, "u1")
     aligned = data[-data.ctypes.data % 64 :][: 1 << 19]
     kernels.stream_read(pool, aligned)
     time.sleep(0.05)

@@ -8,7 +8,7 @@ from coded import random_record
 
 from edgemoe import kernels, reference
 from edgemoe.errors import KernelError, UsageError
-from edgemoe.kernels import NestedMatrix
+from edgemoe.kernels import NestedMatrix, dispatch
 from edgemoe.layout import dense_layout, expert_layout
 from edgemoe.types import LEVELS, QuantSpec
 
@@ -287,7 +287,7 @@ def test_wrong_arrays_raise_and_are_never_copied() -> None:
 
 
 def test_native_module_itself_refuses_conversion() -> None:
-    native = kernels._native
+    native = dispatch.native
     pool = kernels.new_pool(1)
     y = np.zeros((1, 4), np.float32)
     w = np.zeros((4, 8), np.float32)

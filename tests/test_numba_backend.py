@@ -20,9 +20,10 @@ from coded import random_record
 import edgemoe
 from edgemoe import kernels
 from edgemoe.errors import KernelError
-from edgemoe.kernels import NestedMatrix, Pool
+from edgemoe.kernels import NestedMatrix, Pool, dispatch
 from edgemoe.kv_layout import KVLayout
 from edgemoe.layout import dense_layout, expert_layout
+from edgemoe.mwq.packing import affine
 from edgemoe.types import LEVELS, QuantSpec
 
 pytest.importorskip("numba", reason="numba is not installed: pip install 'edgemoe[numba]'")
@@ -43,10 +44,10 @@ def same(monkeypatch: pytest.MonkeyPatch) -> Same:
     before = native.isa()
 
     def check(case: Case) -> None:
-        monkeypatch.setattr(kernels, "_native", native)
+        monkeypatch.setattr(dispatch, "native", native)
         native.set_isa("scalar")
         want = case(kernels.new_pool(2))
-        monkeypatch.setattr(kernels, "_native", numba_backend)
+        monkeypatch.setattr(dispatch, "native", numba_backend)
         monkeypatch.setattr(pools, "SHARE", 1)  # let even tiny operations use every thread
         for threads in (1, 2, 3):
             got = case(kernels.new_pool(threads))
@@ -61,7 +62,7 @@ def same(monkeypatch: pytest.MonkeyPatch) -> Same:
 
 @pytest.fixture
 def numba_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_native", numba_backend)
+    monkeypatch.setattr(dispatch, "native", numba_backend)
 
 
 def activations(rng: np.random.Generator, n: int, cols: int) -> np.ndarray:
@@ -290,11 +291,17 @@ def test_conversion(same: Same) -> None:
         w[0], w[3] = 0.5, 0.0
         w[1] *= 1e-42
         w[2, ::9] *= 1e4
+        w[4] *= 1e25
 
         def case(pool: Pool, w: np.ndarray = w, quant: QuantSpec = quant) -> list[np.ndarray]:
             codes, scales = kernels.quantize_rows(pool, w, quant)
             parts = [scales.exponent, scales.step, scales.zero, scales.shift]
-            return [codes, *parts, *kernels.pack_rows(pool, codes, quant.levels)]
+            pairs = [affine(scales, level, i) for i, level in enumerate(quant.levels)]
+            s, o = (np.stack(values) for values in zip(*pairs, strict=True))
+            feedback = np.triu(np.full((w.shape[1],) * 2, 0.1, np.float32), 1)
+            better = codes.copy()
+            kernels.nest_rows(pool, w, better, quant, (s, o), feedback, np.ones(5, np.float32), 40)
+            return [codes, *parts, better, *kernels.pack_rows(pool, codes, quant.levels)]
 
         same(case)
 
@@ -437,8 +444,8 @@ def test_greedy_tokens(numba_only: None, threads: int) -> None:
 
 @pytest.mark.parametrize("bits", LEVELS)
 def test_logits(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
-    monkeypatch.setattr(kernels, "_native", native)
+    monkeypatch.setattr(dispatch, "native", native)
     want = golden.run_hash(2, bits, 64)
-    monkeypatch.setattr(kernels, "_native", numba_backend)
+    monkeypatch.setattr(dispatch, "native", numba_backend)
     assert golden.run_hash(2, bits, 150) == want
     assert golden.run_hash(3, bits, 40) == want

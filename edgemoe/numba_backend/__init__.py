@@ -1,7 +1,7 @@
 """The second backend: the functions of _native.pyi compiled by numba, with the same bits.
 
 For machines without the built extension. Arrays are as in _native.pyi: C-contiguous, of exactly
-the stated dtype, never copied; shapes are checked in kernels.py. Segments start at multiples of 8
+the stated dtype, never copied; shapes are checked in kernels/. Segments start at multiples of 8
 bytes, as all memory of NumPy and of the arena does.
 """
 
@@ -40,6 +40,7 @@ __all__ = [
     "linear_f32",
     "linear_scratch",
     "matrix",
+    "nest_rows",
     "pack_rows",
     "quantize_rows",
     "rmsnorm",
@@ -287,6 +288,24 @@ def quantize_rows(
     with pool.lock:
         pool.run(conversion.quantize_rows, len(w), 8 * w.size, w, group, levels, *out)
     return not bad.any()
+
+
+def nest_rows(
+    pool: Pool,
+    w: F32,
+    group: int,
+    feedback: F32,
+    s: F32,
+    o: F32,
+    bits: I32,
+    weight: F32,
+    reach: int,
+    codes: U8,
+) -> None:
+    """Better codes [rows, cols] of w for all levels together, in place: kernels.nest_rows."""
+    with pool.lock:
+        out = (w, group, feedback, s, o, bits, weight, reach, codes)
+        pool.run(conversion.nest_rows, len(w), 8 * w.size * w.shape[1], *out)
 
 
 def pack_rows(pool: Pool, codes: U8, levels: I32, planes: Sequence[U8]) -> None:
