@@ -168,6 +168,7 @@ Examples:
   edgemoe convert OLMoE-1B-7B olmoe.emoe --force   replace an older olmoe.emoe
   edgemoe convert Qwen3-30B-A3B-Q4_K_M.gguf qwen3.emoe
   edgemoe convert Qwen3-30B-A3B qwen3.emoe --max-level 4   17 GB in place of 32
+  edgemoe convert OLMoE-1B-7B olmoe.emoe --calib books.txt   quantized for such text
 """,
 )
 @click.argument("src", metavar="SRC")
@@ -177,8 +178,14 @@ Examples:
     type=click.Choice(["4", "6", "8"]),
     help="Most bits of an expert that are kept.  [default: as many as the source has]",
 )
+@click.option(
+    "--calib",
+    metavar="FILE",
+    multiple=True,
+    help="Text like what the model will see: better low levels, more time. May be repeated.",
+)
 @click.option("--force", is_flag=True, help="Replace OUT if it is a store already.")
-def convert(src: str, out: str, max_level: str | None, force: bool) -> int:
+def convert(src: str, out: str, max_level: str | None, calib: tuple[str, ...], force: bool) -> int:
     """Make OUT, a store, from SRC, a Hugging Face checkpoint directory or a GGUF file.
 
     Of a GGUF in parts give any part; those of types F32, F16, BF16, Q8_0, Q6_K, Q5_K, Q4_K, Q3_K,
@@ -186,12 +193,14 @@ def convert(src: str, out: str, max_level: str | None, force: bool) -> int:
 
     The store holds every weight at 2, 3, 4, 6 and 8 bits at once; experts stop at --max-level, by
     default at what the source has: 4 bits of a Q4_K_M file, 8 of a checkpoint. Memory stays below
-    1 GB whatever the size. OUT appears when it is complete: an interrupted conversion leaves
-    nothing.
+    1 GB whatever the size; with --calib, which runs the model over up to 128k tokens, below 2 GB.
+    OUT appears when it is complete: an interrupted conversion leaves nothing.
     """
     from .terminal import convert as converting
 
-    return converting.run(src, out, max_level=int(max_level) if max_level else None, force=force)
+    return converting.run(
+        src, out, max_level=int(max_level) if max_level else None, force=force, calib=calib
+    )
 
 
 @cli.command(

@@ -15,9 +15,10 @@ import numpy as np
 
 from . import kernels
 from .chat import ChatTemplate
-from .cpu_attn.kv_cache import KVCache
+from .cpu_attn.kv_cache import KVCache, cache_bytes
 from .errors import CheckpointError, KernelError, StoreError, UsageError, shown
 from .generation import Generation
+from .kv_layout import KV_TYPES
 from .layout import RecordLayout
 from .loader import budget as memory
 from .loader.arena import Arena
@@ -113,6 +114,7 @@ def _plan(
     dense_bits: int | None,
     ctx_size: int,
     threads: int,
+    kv_type: str,
     reserve: int,
 ) -> RunPlan:
     store, cfg = opened.store, opened.config
@@ -129,14 +131,15 @@ def _plan(
         )
 
     try:
+        heads = (cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim)
         pool_scratch = kernels.scratch_bytes(
-            store.expert_layout, dense, threads, chunk, cfg.num_experts_per_tok, ctx_size
+            store.expert_layout, dense, threads, chunk, cfg.num_experts_per_tok, heads
         )
     except KernelError as exc:
         raise StoreError(f"{store.path}: {exc}; convert its checkpoint again") from None
     footprint = fit.Footprint(
         weights=weights,
-        kv_per_token=cfg.kv_bytes_per_token,
+        kv_cache=cache_bytes(cfg, ctx_size, kv_type),
         scratch=pool_scratch + fit.activation_bytes(cfg, chunk) + reserve,
         process=memory.rss_bytes(),
     )
@@ -150,7 +153,7 @@ def _plan(
         dense_bits,
         memory.format_size,
     )
-    return RunPlan(level, dense_level, ctx_size, chunk, threads, parts)
+    return RunPlan(level, dense_level, ctx_size, chunk, threads, kv_type, parts)
 
 
 def load(
@@ -161,6 +164,7 @@ def load(
     dense_bits: int | None = None,
     ctx_size: int | None = None,
     threads: int | None = None,
+    kv_type: str = "f16",
     progress: Progress | None = None,
     reserve: int = 0,
 ) -> Model:
@@ -173,7 +177,8 @@ def load(
         bits: level of every expert, one of the store's; None: the highest that fits.
         dense_bits: level of all other matrices; None: 8 with bits=8, else 6.
         ctx_size: most tokens of prompt and answer together; None: the model's own, at most 4096.
-        threads: worker threads; None: one for each CPU this process may use.
+        threads: worker threads; None: one for each performance core this process may use.
+        kv_type: what keys and values are kept as: "f16", or "int8", which takes half as much.
         progress: called with (bytes read, bytes in all) while experts are read.
         reserve: bytes under the ceiling that the caller will use itself.
 
@@ -183,6 +188,8 @@ def load(
     """
     if threads is not None and not 1 <= threads <= kernels.MAX_THREADS:
         raise UsageError(f"threads must be from 1 to {kernels.MAX_THREADS}, not {threads}")
+    if kv_type not in KV_TYPES:
+        raise UsageError(f"kv_type must be {' or '.join(KV_TYPES)}, not {shown(str(kv_type))}")
     if isinstance(mem, str):
         memory.parse_size(mem)
     opened = path if isinstance(path, OpenedModel) else open_model(path)
@@ -204,7 +211,7 @@ def load(
             )
         ceiling = memory.resolve_ceiling(mem)
         workers = threads or kernels.default_threads()
-        plan = _plan(opened, ceiling, bits, dense_bits, ctx, workers, reserve)
+        plan = _plan(opened, ceiling, bits, dense_bits, ctx, workers, kv_type, reserve)
         return Model(opened, plan, progress)
     except BaseException:
         opened.close()
@@ -277,7 +284,7 @@ class Model:
 
     def new_cache(self) -> KVCache:
         """An empty KV cache of this model's context size."""
-        return KVCache(self.config, self.plan.ctx_size)
+        return KVCache(self.config, self.plan.ctx_size, self.plan.kv_type)
 
     def forward(self, tokens: Sequence[int], spans: Sequence[Span], want: Sequence[int]) -> F32:
         """Logits float32 [len(want), vocab] of rows `want` of a flat batch (see model.forward)."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from . import kernels
 from .cpu_attn.kv_cache import AttentionState, rope_tables
-from .errors import KernelError
+from .errors import KernelError, UsageError
 from .types import F32, I32, I64, ModelConfig
 
 Linears = Callable[[F32], list[F32]]
@@ -87,9 +87,17 @@ def forward(
 def hidden(
     weights: Weights, experts: Experts, pool: kernels.Pool, tokens: I64, spans: Sequence[Span]
 ) -> F32:
-    """What the last layer leaves of every row of the batch: float32 [n, hidden], not yet normed."""
+    """What the last layer leaves of every row of the batch: float32 [n, hidden], not yet normed.
+
+    Raises:
+        UsageError: no tokens, a span without any, or spans that do not add up to the tokens.
+    """
     cfg = weights.config
     n = len(tokens)
+    if n == 0 or any(s.count < 1 for s in spans):
+        raise UsageError("a batch of no tokens: give at least one, and one to each sequence")
+    if sum(s.count for s in spans) != n:
+        raise UsageError(f"the spans hold {sum(s.count for s in spans)} tokens, the batch {n}")
     positions = np.concatenate([np.arange(s.cache.length, s.cache.length + s.count) for s in spans])
     cos, sin = rope_tables(cfg, positions)
     x = weights.embed(tokens)

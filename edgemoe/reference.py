@@ -1,4 +1,4 @@
-"""A plain NumPy twin of every kernel: same signature as in kernels.py, float64 inside.
+"""A plain NumPy twin of every kernel: same signature as in kernels/, float64 inside.
 
 Integer results equal the kernels' exactly; float results are what the kernels approximate. A
 nested matrix comes decoded into codes and scales, so that the twins know nothing of bit layouts.
@@ -156,18 +156,31 @@ def combine(pair_out: F32, position: I32, weights: F32) -> F64:
     return np.asarray(np.einsum("nk,nkh->nh", weights.astype(np.float64), pair_out[position]))
 
 
-def attention(q: F32, k: F32, v: F32, start: int, scale: float, window: int | None = None) -> F64:
-    """Causal attention of n new tokens over the cache: [n, heads, d]."""
+def attention(
+    q: F32,
+    k: F32,
+    v: F32,
+    start: int,
+    scale: float,
+    window: int | None = None,
+    sinks: F32 | None = None,
+) -> F64:
+    """Causal attention of n new tokens, k and v [positions, kv_heads, d]: [n, heads, d].
+
+    reference_attention.py is the twin that has the kernels' bits.
+    """
     n, heads, _ = q.shape
     out = np.empty(q.shape)
     for i in range(n):
         last = start + i
         first = 0 if window is None else max(0, last - window + 1)
         for h in range(heads):
-            g = h // (heads // k.shape[0])
-            keys, values = k[g, first : last + 1], v[g, first : last + 1]
-            p = softmax(keys.astype(np.float64) @ q[i, h].astype(np.float64) * scale)
-            out[i, h] = p @ values
+            g = h // (heads // k.shape[1])
+            keys, values = (a[first : last + 1, g].astype(np.float64) for a in (k, v))
+            scores = keys @ q[i, h].astype(np.float64) * scale
+            if sinks is not None:
+                scores = np.append(scores, sinks[h])
+            out[i, h] = softmax(scores)[: len(values)] @ values
     return out
 
 
@@ -211,6 +224,39 @@ def quantize_rows(w: F32, quant: QuantSpec) -> tuple[U8, NestedScales]:
     gain = np.ones((len(quant.levels), rows), np.float32)
     exponents = (base + 127).astype(np.uint8)
     return codes, NestedScales(exponents, step, zero.astype(np.uint8), gain, shift)
+
+
+def nest_rows(
+    w: F32,
+    codes: U8,
+    quant: QuantSpec,
+    affine: tuple[F32, F32],
+    feedback: F32,
+    weight: F32,
+    reach: int,
+) -> U8:
+    """Codes chosen for all levels together, every row at once; the kernels' float32 operations."""
+    out: U8 = codes.copy()
+    target = [w.copy() for _ in quant.levels]
+    offsets = np.arange(-reach, reach + 1)
+    for i in range(w.shape[1]):
+        s, o = (a[:, :, i // quant.group_size, None] for a in affine)
+        code = codes[:, i, None].astype(np.int64) + offsets
+        cost = np.zeros(code.shape, np.float32)
+        for level, bits in enumerate(quant.levels):
+            d = s[level] * (code >> (8 - bits)).astype(np.float32) + o[level]
+            d -= target[level][:, i, None]
+            cost += weight[level] * (d * d)
+        cost[(code < 0) | (code > 255)] = np.inf
+        best = np.take_along_axis(code, cost.argmin(axis=1)[:, None], axis=1)
+        kept = ~(cost.min(axis=1) < cost[:, reach])  # ties, and huge weights, whose costs are inf
+        best[kept, 0] = codes[kept, i]
+        out[:, i] = best[:, 0]
+        for level, bits in enumerate(quant.levels):
+            decoded = s[level] * (best >> (8 - bits)).astype(np.float32) + o[level]
+            error = target[level][:, i, None] - decoded
+            target[level][:, i + 1 :] -= error * feedback[i, i + 1 :]
+    return out
 
 
 def pack_rows(codes: U8, levels: Sequence[int]) -> list[U8]:

@@ -73,7 +73,7 @@ def plan_float(
     expert = 3 * config.hidden_size * config.moe_intermediate_size
     nested = [n for name, n in sizes.items() if is_nested(name) and name != "embed"]
     head = sizes["embed" if config.tie_word_embeddings else "lm_head"]
-    a_token = _bytes_per_token(config)
+    a_token = bytes_per_token(config)
     scratch = _scratch_bytes(config, threads)
     group = max(sum(len(todo[i].inputs) for i in g) for g in _groups(todo))
     total = sum(len(w.inputs) for w in todo)
@@ -207,7 +207,7 @@ def _batches(todo: Sequence[Window], most: int) -> Iterator[list[list[int]]]:
         yield batch
 
 
-def _bytes_per_token(config: ModelConfig) -> int:
+def bytes_per_token(config: ModelConfig) -> int:
     """Bytes of the float32 arrays that `model.hidden` holds at once for a token, at most."""
     heads = 3 * config.num_attention_heads + 4 * config.num_key_value_heads
     inter = config.intermediate_size if config.dense_layers else 0

@@ -74,11 +74,6 @@ class ModelConfig:
             return ("q", "k", "v", "o")
         return ("q", "k", "v") if self.qkv_bias else ()
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes the float32 KV cache takes for one token over all layers."""
-        return 2 * 4 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
-
 
 @dataclass(frozen=True)
 class QuantSpec:
@@ -169,6 +164,7 @@ class RunPlan:
     ctx_size: int
     prefill_chunk: int
     threads: int
+    kv_type: str
     budget: Budget
 
 

@@ -193,15 +193,36 @@ NB_MODULE(_native, m) {
         "pool"_a, "pair_out"_a.noconvert(), "position"_a.noconvert(), "weights"_a.noconvert(),
         "y"_a.noconvert());
 
+    m.def("kv_block_bytes", &em_kv_block_bytes, "kind"_a, "d"_a);
+
+    m.def(
+        "kv_write",
+        [](Pool &pool, Array<uint8_t> data, int kind, ConstF32 k, ConstF32 v, int start) {
+            const em_kv kv = {data.data(), kind, dim(k, 1), dim(k, 2), dim(data, 1)};
+            nb::gil_scoped_release nogil;
+            em_kv_write(pool.p, &kv, k.data(), v.data(), dim(k, 0), start);
+        },
+        "pool"_a, "data"_a.noconvert(), "kind"_a, "k"_a.noconvert(), "v"_a.noconvert(), "start"_a);
+
     m.def(
         "attention",
-        [](Pool &pool, ConstF32 q, ConstF32 k, ConstF32 v, int start, int window, float scale, F32 out) {
+        [](Pool &pool, ConstF32 q, Array<uint8_t> data, int kind, int start, int window, float scale,
+           ConstF32 sinks, F32 out) {
+            const em_kv kv = {data.data(), kind, dim(data, 0), dim(q, 2), dim(data, 1)};
             nb::gil_scoped_release nogil;
-            check(em_attention(pool.p, q.data(), k.data(), v.data(), dim(q, 0), dim(q, 1), dim(k, 0),
-                               dim(q, 2), dim(k, 1), start, window, scale, out.data()));
+            check(em_attention(pool.p, q.data(), &kv, dim(q, 0), dim(q, 1), start, window, scale,
+                               sinks.size() ? sinks.data() : nullptr, out.data()));
         },
-        "pool"_a, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "start"_a, "window"_a, "scale"_a,
-        "out"_a.noconvert());
+        "pool"_a, "q"_a.noconvert(), "data"_a.noconvert(), "kind"_a, "start"_a, "window"_a, "scale"_a,
+        "sinks"_a.noconvert(), "out"_a.noconvert());
+
+    m.def(
+        "stream_read",
+        [](Pool &pool, Array<const uint8_t> data) {
+            nb::gil_scoped_release nogil;
+            return em_stream_read(pool.p, data.data(), data.size());
+        },
+        "pool"_a, "data"_a.noconvert());
 
     m.def(
         "quantize_rows",
@@ -216,6 +237,17 @@ NB_MODULE(_native, m) {
         },
         "pool"_a, "w"_a.noconvert(), "group"_a, "levels"_a.noconvert(), "codes"_a.noconvert(),
         "exponent"_a.noconvert(), "step"_a.noconvert(), "zero"_a.noconvert(), "shift"_a.noconvert());
+
+    m.def(
+        "nest_rows",
+        [](Pool &pool, ConstF32 w, int group, ConstF32 feedback, ConstF32 s, ConstF32 o,
+           Array<const int32_t> bits, ConstF32 weight, int reach, Array<uint8_t> codes) {
+            nb::gil_scoped_release nogil;
+            check(em_nest_rows(pool.p, w.data(), dim(w, 0), dim(w, 1), group, feedback.data(), s.data(),
+                               o.data(), bits.data(), weight.data(), dim(weight, 0), reach, codes.data()));
+        },
+        "pool"_a, "w"_a.noconvert(), "group"_a, "feedback"_a.noconvert(), "s"_a.noconvert(),
+        "o"_a.noconvert(), "bits"_a.noconvert(), "weight"_a.noconvert(), "reach"_a, "codes"_a.noconvert());
 
     m.def(
         "pack_rows",
@@ -253,5 +285,5 @@ NB_MODULE(_native, m) {
     m.def("linear_scratch", &em_linear_scratch, "n"_a, "cols"_a, "group_units"_a);
     m.def("experts_scratch", &em_experts_scratch, "threads"_a, "n"_a, "pairs"_a, "hidden"_a, "intermediate"_a,
           "group_units"_a);
-    m.def("attention_scratch", &em_attention_scratch, "threads"_a, "positions"_a);
+    m.def("attention_scratch", &em_attention_scratch, "threads"_a, "n"_a, "heads"_a, "kv_heads"_a, "d"_a);
 }

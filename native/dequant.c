@@ -13,7 +13,8 @@ enum { SUPER = 256, ROW = 32, HALF_ROW = 16, SUPER_ROWS = SUPER / ROW };
 /* Weights a task decodes: a multiple of every block, and small enough for the L2 cache. */
 enum { TASK_WEIGHTS = 128 * SUPER };
 
-#if defined(__x86_64__) && defined(__GNUC__)
+/* ThreadSanitizer is not up yet when the loader asks which clone to take. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__SANITIZE_THREAD__)
 #define VECTOR_CLONES __attribute__((target_clones("avx2", "default")))
 #else
 #define VECTOR_CLONES

@@ -9,7 +9,7 @@
  *     x_scale * float(integer dot); y = (y + s * t) + o * X with X = sum of x_scale * sum(q),
  *     s = step * G, o = step * (((127.5 - G * (2^b - 1) / 2) - zero) + (shift - 8) * 2^(4 - b)),
  *     G = gain * 2^(8 - b);
- *   - attention sums run over positions in ascending order.
+ *   - attention: see em_attention.
  * Functions return 0, or a negative em_status.
  */
 #ifndef EDGEMOE_H
@@ -23,6 +23,12 @@ extern "C" {
 #endif
 
 enum { EM_LEVELS = 5, EM_ROW_BLOCK = 8, EM_UNIT = 32, EM_MAX_GROUP_UNITS = 8 };
+
+/* What keys and values are stored as: int8 with a float32 scale a head and position. */
+enum em_kv_type { EM_KV_F32, EM_KV_F16, EM_KV_I8 };
+/* Positions of a block, columns of a panel, positions of a split (em_attention). */
+enum { EM_KV_BLOCK = 64, EM_KV_PANEL = 16, EM_KV_SPLIT = 256 };
+
 enum em_status { EM_OK = 0, EM_NO_MEMORY = -1, EM_BAD_WEIGHTS = -2 };
 
 /* A [rows, cols] matrix read at levels[level]: one plane pointer a segment, the gains of the last
@@ -79,10 +85,17 @@ typedef struct {
     void (*scale_mul)(const float *x, float r, const float *w, int n, float *y);
     /* g[i] = silu(g[i]) * u[i] */
     void (*silu_mul)(float *g, const float *u, int n);
-    /* In place x[i] = exp(x[i] - m); returns the 16-lane sum. */
-    float (*exp_sum)(float *x, float m, int n);
-    /* out[d] = (sum over j ascending of p[j] * v[j * d + :]) / sum */
-    void (*weighted_sum)(const float *p, const float *v, int n, int d, float sum, float *out);
+    /* c[r * ldc + 16 * p + l] += sum over k ascending of a[r * lda + k] * b[p * stride + 16 * k + l] for
+     * p < count, l < 16, k < depth; b is of an em_kv_type, stride in elements of it. */
+    void (*panels)(int type, const float *a, size_t lda, int rows, const uint8_t *b, size_t stride, int depth,
+                   int count, float *c, size_t ldc);
+    /* One row of scores of a block, s [64], of which [first, last) are visible: s = s * scale (then
+     * * key_scale), *top = the largest of it and these, s = exp(s - *top), 0 where not visible; their
+     * 16-lane sum is returned; then s = s * value_scale. Scales [64] or NULL. */
+    float (*soften)(float *s, const float *key_scale, const float *value_scale, float scale, int first,
+                    int last, float *top);
+    /* 16 floats -> float16, as em_float_to_half. */
+    void (*to_half)(const float *x, uint16_t *h);
 } em_isa;
 
 const em_isa *em_isa_current(void);
@@ -101,7 +114,8 @@ extern const em_isa em_isa_avx512_simde; /* the same source as avx512, its instr
 extern const em_isa em_isa_neon, em_isa_neon_dotprod, em_isa_neon_i8mm;
 #endif
 
-/* A pool of worker threads. Workers spin for some microseconds after a task, then sleep. */
+/* A pool of worker threads. Who waits, workers for a task and callers for the workers, spins for some
+ * microseconds, then sleeps. */
 typedef struct em_pool em_pool;
 typedef void (*em_task)(void *ctx, int task, int worker);
 
@@ -152,11 +166,40 @@ int em_experts(em_pool *p, const float *x, int n, const em_job *jobs, int job_co
 /* y [n, hidden] = sum over slots ascending of weights [n, k] * pair_out[position [n, k]]. */
 void em_combine(em_pool *p, const float *pair_out, const int32_t *position, const float *weights, int n,
                 int k, int hidden, float *y);
+/* Keys and values of a sequence in one layer: data [heads, blocks, em_kv_block_bytes]. A block holds the
+ * positions from a multiple of 64 on: keys [4, d, 16] (panels of 16 positions), values
+ * [ceil(d / 16), 64, 16] (panels of 16 columns, zeros beyond d), then, of int8, float32 scales of the
+ * keys [64] and of the values [64]. A row x of int8 has scale = max|x| / 127 and codes x / scale, to
+ * nearest, ties to even (0 where the scale is 0); float16 is to nearest, ties to even, within +-65504. */
+typedef struct {
+    uint8_t *data;
+    int type, heads, d, blocks;
+} em_kv;
+
+size_t em_kv_block_bytes(int type, int d);
+/* Stores keys and values [n, heads, d] of positions start .. start + n - 1. */
+void em_kv_write(em_pool *p, const em_kv *kv, const float *k, const float *v, int n, int start);
+
 /* Causal attention of n new tokens of one sequence at positions start .. start + n - 1, whose keys
- * and values are in the cache already. q, out [n, heads, d]; k, v [kv_heads, capacity, d];
- * window 0 = all. */
-int em_attention(em_pool *p, const float *q, const float *k, const float *v, int n, int heads, int kv_heads,
-                 int d, int capacity, int start, int window, float scale, float *out);
+ * and values are stored already. q, out [n, heads, d]; window 0 = all; sinks [heads] or NULL: a score
+ * that joins the softmax of its head without a value.
+ *
+ * The arithmetic, the same for every caller, batch, thread and instruction set; all is float32 and
+ * aligned to absolute positions; positions a row does not see take no part in it:
+ *   - in a block of 64 positions score = (sum over d ascending of q * k) * scale, with int8 times the
+ *     key's scale; top' = max(top, scores), e = exp(score - top'), a = exp(top - top');
+ *     sum = sum * a + (e in 16 lanes, position j in lane j mod 16); with int8 e = e * value's scale;
+ *     acc = acc * a + each e * v, one after the other, positions ascending;
+ *   - blocks ascend within a split of 256 positions, which starts at top = -FLT_MAX, sum = acc = 0;
+ *   - splits are merged ascending, the first is taken as it is: top' = max(top, top_s),
+ *     a = exp(top - top'), b = exp(top_s - top'), sum = sum * a + sum_s * b, acc = acc * a + acc_s * b;
+ *   - a sink: top' = max(top, sink), a = exp(top - top'), sum = sum * a + exp(sink - top'),
+ *     acc = acc * a; at last out = acc / sum. */
+int em_attention(em_pool *p, const float *q, const em_kv *kv, int n, int heads, int start, int window,
+                 float scale, const float *sinks, float *out);
+
+/* Sum of the 64-bit words at data, 64-byte aligned: what reading memory alone takes. */
+uint64_t em_stream_read(em_pool *p, const void *data, size_t bytes);
 
 /* Weights w [rows, cols] -> 8-bit codes [rows, cols], exponents [rows], steps and zeros [rows, groups]
  * of groups of `group` columns, and shifts [levels, rows, groups]. EM_BAD_WEIGHTS if a weight is NaN
@@ -164,6 +207,14 @@ int em_attention(em_pool *p, const float *q, const float *k, const float *v, int
 int em_quantize_rows(em_pool *p, const float *w, int rows, int cols, int group, const int32_t *levels,
                      int count, uint8_t *codes, uint8_t *exponent, uint8_t *step, uint8_t *zero,
                      uint8_t *shift);
+/* Better codes for w [rows, cols], whose nearest ones `codes` holds: column by column the code, at most
+ * `reach` from the nearest, of the smallest sum over levels l of weight[l] * (s * (code >> (8 - bits)) +
+ * o - target)^2, where target is w less what the errors of the columns before make up for:
+ * feedback [cols, cols], of which [i, i + 1 ..] is read, times their error at that level.
+ * s, o [levels, rows, groups]; bits [levels, units of 32 columns]; 1 to EM_LEVELS levels. */
+int em_nest_rows(em_pool *p, const float *w, int rows, int cols, int group, const float *feedback,
+                 const float *s, const float *o, const int32_t *bits, const float *weight, int levels,
+                 int reach, uint8_t *codes);
 /* Codes of whole row blocks -> the bytes they add to the plane of each level (docs/FORMAT.md). */
 void em_pack_rows(em_pool *p, const uint8_t *codes, int rows, int cols, const int32_t *levels, int count,
                   uint8_t *const *planes);
@@ -185,7 +236,7 @@ void em_dequantize(em_pool *p, const em_ggml_type *type, const uint8_t *data, si
 /* Bytes of pool scratch the operations above need. */
 size_t em_linear_scratch(int n, int cols, int group_units);
 size_t em_experts_scratch(int threads, int n, int pairs, int hidden, int intermediate, int group_units);
-size_t em_attention_scratch(int threads, int positions);
+size_t em_attention_scratch(int threads, int n, int heads, int kv_heads, int d); /* of up to n tokens */
 
 #ifdef __cplusplus
 }

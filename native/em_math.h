@@ -60,6 +60,30 @@ static inline float em_half_to_float(uint16_t h) {
     return out;
 }
 
+#define EM_HALF_MAX 65504.0f
+
+/* To nearest, ties to even; what lies beyond the largest float16 becomes it. */
+static inline uint16_t em_float_to_half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return (uint16_t)(sign | 0x7e00u | (bits >> 13 & 0x3ffu)); /* NaN */
+    if (bits >= 0x477fe000u) return (uint16_t)(sign | 0x7bffu);                        /* 65504 */
+    if (bits < 113u << 23) { /* subnormal: 0.5 has the float32 step that these are multiples of */
+        float tiny;
+        memcpy(&tiny, &bits, sizeof tiny);
+        tiny += 0.5f;
+        memcpy(&bits, &tiny, sizeof bits);
+        return (uint16_t)(sign | (bits - (126u << 23)));
+    }
+    bits += 0xfffu + (bits >> 13 & 1u);
+    return (uint16_t)(sign | (bits - (112u << 23)) >> 13);
+}
+
+/* To nearest, ties to even, for |x| < 2^22. */
+static inline float em_round(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
 /* Step of a group (docs/FORMAT.md): the row's exponent raises a 4-bit exponent and 4-bit mantissa. */
 static inline float em_step(uint8_t exponent, uint8_t step) {
     const uint32_t bits = ((uint32_t)exponent << 23) + ((uint32_t)step << 19);

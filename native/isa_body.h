@@ -9,6 +9,8 @@
  *   f8_round                    to nearest, ties to even
  *   f8_pow2(n)                  2^n of integral n in [-126, 127]
  *   f8_halves(p)                8 float16 -> f8
+ *   f8_store_halves(p, x)       f8 within +-65504 -> 8 float16, to nearest, ties to even
+ *   f8_signed(p)                8 int8 -> f8
  *   i8x_bytes(p)                8 uint8 -> i8x
  *   f8_steps(e, s)              floats of bits (e << 23) + (s << 19)
  *   i8x_nibbles(p)              8 fields of 4 bits, minus 8 -> i8x
@@ -229,45 +231,9 @@ static void silu_mul(float *g, const float *u, int n) {
     for (; i < n; i++) g[i] = g[i] / (1.0f + em_expf(-g[i])) * u[i];
 }
 
-static float exp_sum(float *x, float m, int n) {
-    f8 lo = f8_zero(), hi = f8_zero();
-    int i = 0;
-    for (; i + 16 <= n; i += 16) {
-        const f8 a = exp8(f8_sub(f8_load(x + i), f8_set1(m)));
-        const f8 b = exp8(f8_sub(f8_load(x + i + 8), f8_set1(m)));
-        f8_store(x + i, a);
-        f8_store(x + i + 8, b);
-        lo = f8_add(lo, a);
-        hi = f8_add(hi, b);
-    }
-    if (i < n) {
-        float tail[16] = {0};
-        for (int l = 0; i + l < n; l++) tail[l] = x[i + l] = em_expf(x[i + l] - m);
-        lo = f8_add(lo, f8_load(tail));
-        hi = f8_add(hi, f8_load(tail + 8));
-    }
-    return f8_tree(lo, hi);
-}
-
-static void weighted_sum(const float *p, const float *v, int n, int d, float sum, float *out) {
-    int c = 0;
-    for (; c + 32 <= d; c += 32) {
-        f8 acc[4] = {f8_zero(), f8_zero(), f8_zero(), f8_zero()};
-        for (int j = 0; j < n; j++) {
-            const f8 w = f8_set1(p[j]);
-            const float *row = v + (size_t)j * (size_t)d + c;
-            for (int k = 0; k < 4; k++) acc[k] = f8_add(acc[k], f8_mul(w, f8_load(row + 8 * k)));
-        }
-        for (int k = 0; k < 4; k++) f8_store(out + c + 8 * k, f8_div(acc[k], f8_set1(sum)));
-    }
-    for (; c < d; c++) {
-        float acc = 0.0f;
-        for (int j = 0; j < n; j++) acc += p[j] * v[(size_t)j * (size_t)d + (size_t)c];
-        out[c] = acc / sum;
-    }
-}
+#include "attention_body.h"
 
 #define EM_ISA_TABLE(name)                                                                                   \
-    {name, supported, quantize, matmul, accumulate, dot, scale_mul, silu_mul, exp_sum, weighted_sum}
+    {name, supported, quantize, matmul, accumulate, dot, scale_mul, silu_mul, panels, soften, to_half}
 
 #endif

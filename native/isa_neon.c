@@ -74,6 +74,13 @@ INLINE f8 f8_halves(const uint8_t *p) {
     const float16x8_t h = vreinterpretq_f16_u8(vld1q_u8(p));
     return (f8){vcvt_f32_f16(vget_low_f16(h)), vcvt_f32_f16(vget_high_f16(h))};
 }
+INLINE void f8_store_halves(uint16_t *p, f8 x) {
+    vst1q_u16(p, vreinterpretq_u16_f16(vcombine_f16(vcvt_f16_f32(x.lo), vcvt_f16_f32(x.hi))));
+}
+INLINE f8 f8_signed(const int8_t *p) {
+    const int16x8_t wide = vmovl_s8(vld1_s8(p));
+    return (f8){vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(wide)))};
+}
 INLINE i8x i8x_bytes(const uint8_t *p) {
     const uint16x8_t wide = vmovl_u8(vld1_u8(p));
     return (i8x){vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide))),

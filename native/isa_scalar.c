@@ -155,27 +155,52 @@ static void silu_mul(float *g, const float *u, int n) {
     for (int i = 0; i < n; i++) g[i] = g[i] / (1.0f + em_expf(-g[i])) * u[i];
 }
 
-static float exp_sum(float *x, float m, int n) {
-    float lane[16] = {0};
-    for (int i = 0; i < n; i += 16)
-        for (int l = 0; l < 16; l++) {
-            if (i + l < n) {
-                x[i + l] = em_expf(x[i + l] - m);
-                lane[l] += x[i + l];
-            } else {
-                lane[l] += 0.0f;
+static float element(int type, const uint8_t *b, size_t at) {
+    if (type == EM_KV_I8) return (float)(int8_t)b[at];
+    if (type == EM_KV_F16) {
+        uint16_t half;
+        memcpy(&half, b + 2 * at, sizeof half);
+        return em_half_to_float(half);
+    }
+    float x;
+    memcpy(&x, b + 4 * at, sizeof x);
+    return x;
+}
+
+static void panels(int type, const float *a, size_t lda, int rows, const uint8_t *b, size_t stride, int depth,
+                   int count, float *c, size_t ldc) {
+    for (int p = 0; p < count; p++)
+        for (int k = 0; k < depth; k++) {
+            float x[EM_KV_PANEL];
+            const size_t at = (size_t)p * stride + (size_t)k * EM_KV_PANEL;
+            for (int l = 0; l < EM_KV_PANEL; l++) x[l] = element(type, b, at + (size_t)l);
+            for (int r = 0; r < rows; r++) {
+                const float w = a[(size_t)r * lda + (size_t)k];
+                float *to = c + (size_t)r * ldc + (size_t)p * EM_KV_PANEL;
+                for (int l = 0; l < EM_KV_PANEL; l++) to[l] += w * x[l];
             }
         }
+}
+
+static float soften(float *s, const float *key_scale, const float *value_scale, float scale, int first,
+                    int last, float *top) {
+    float lane[16] = {0};
+    for (int j = first; j < last; j++) {
+        s[j] = s[j] * scale;
+        if (key_scale) s[j] = s[j] * key_scale[j];
+        *top = s[j] > *top ? s[j] : *top;
+    }
+    for (int j = 0; j < EM_KV_BLOCK; j++) {
+        s[j] = first <= j && j < last ? em_expf(s[j] - *top) : 0.0f;
+        lane[j % 16] += s[j];
+        if (value_scale) s[j] = s[j] * value_scale[j];
+    }
     return em_tree16(lane);
 }
 
-static void weighted_sum(const float *p, const float *v, int n, int d, float sum, float *out) {
-    for (int c = 0; c < d; c++) {
-        float acc = 0.0f;
-        for (int j = 0; j < n; j++) acc += p[j] * v[(size_t)j * (size_t)d + (size_t)c];
-        out[c] = acc / sum;
-    }
+static void to_half(const float *x, uint16_t *h) {
+    for (int i = 0; i < EM_KV_PANEL; i++) h[i] = em_float_to_half(x[i]);
 }
 
-const em_isa em_isa_scalar = {"scalar", supported, quantize, matmul,  accumulate,
-                              dot,      scale_mul, silu_mul, exp_sum, weighted_sum};
+const em_isa em_isa_scalar = {"scalar",  supported, quantize, matmul, accumulate, dot,
+                              scale_mul, silu_mul,  panels,   soften, to_half};

@@ -16,6 +16,7 @@ struct em_pool {
     pthread_mutex_t op;    /* held for a whole operation: one at a time */
     pthread_mutex_t sleep; /* guards the condition below */
     pthread_cond_t wake;
+    pthread_cond_t done;
     atomic_uint generation; /* rises by one with every run */
     atomic_int next;        /* next task to claim */
     atomic_int busy;        /* workers that have not finished this run */
@@ -68,7 +69,12 @@ static void *worker_main(void *raw) {
         seen++;
         if (atomic_load_explicit(&p->quit, memory_order_relaxed)) return NULL;
         work(p, arg.index);
-        atomic_fetch_sub_explicit(&p->busy, 1, memory_order_release);
+        if (atomic_fetch_sub_explicit(&p->busy, 1, memory_order_acq_rel) == 1) {
+            /* Under the mutex, for the same reason as in announce. */
+            pthread_mutex_lock(&p->sleep);
+            pthread_cond_signal(&p->done);
+            pthread_mutex_unlock(&p->sleep);
+        }
     }
 }
 
@@ -87,6 +93,7 @@ em_pool *em_pool_new(int threads) {
     pthread_mutex_init(&p->op, NULL);
     pthread_mutex_init(&p->sleep, NULL);
     pthread_cond_init(&p->wake, NULL);
+    pthread_cond_init(&p->done, NULL);
     p->workers = calloc((size_t)threads, sizeof *p->workers);
     int ok = p->workers != NULL;
     for (int i = 1; ok && i < threads; i++) {
@@ -115,6 +122,7 @@ void em_pool_free(em_pool *p) {
     atomic_store(&p->quit, 1);
     announce(p);
     for (int i = 0; i < p->started; i++) pthread_join(p->workers[i], NULL);
+    pthread_cond_destroy(&p->done);
     pthread_cond_destroy(&p->wake);
     pthread_mutex_destroy(&p->sleep);
     pthread_mutex_destroy(&p->op);
@@ -141,13 +149,13 @@ void em_pool_run(em_pool *p, em_task fn, void *ctx, int tasks) {
     atomic_store_explicit(&p->busy, p->started, memory_order_relaxed);
     announce(p);
     work(p, 0);
-    for (int spins = 0; atomic_load_explicit(&p->busy, memory_order_acquire); spins++) {
-        if (spins < SPINS) {
-            relax();
-        } else {
-            sched_yield();
-        }
+    for (int spins = 0; spins < SPINS; spins++) {
+        if (!atomic_load_explicit(&p->busy, memory_order_acquire)) return;
+        relax();
     }
+    pthread_mutex_lock(&p->sleep);
+    while (atomic_load_explicit(&p->busy, memory_order_acquire)) pthread_cond_wait(&p->done, &p->sleep);
+    pthread_mutex_unlock(&p->sleep);
 }
 
 void *em_pool_scratch(em_pool *p, size_t bytes) {

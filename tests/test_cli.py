@@ -105,15 +105,16 @@ def test_every_option_reaches_the_run(monkeypatch: pytest.MonkeyPatch, store: Pa
 
     monkeypatch.setattr("edgemoe.terminal.run.run", record)
     line = (
-        "--raw --mem 3G --bits 3 --dense-bits 4 -n 7 -c 99 -t 2 --temp 0.5 --top-k 9 --top-p 0.9 "
-        "--min-p 0.1 --repeat-penalty 1.2 --seed 5 --stop A --stop B --json --logits-hash"
+        "--raw --mem 3G --bits 3 --dense-bits 4 -n 7 -c 99 -t 2 --kv-type int8 --temp 0.5 "
+        "--top-k 9 --top-p 0.9 --min-p 0.1 --repeat-penalty 1.2 --seed 5 --stop A --stop B --json "
+        "--logits-hash"
     )
     assert cli.main(["run", str(store), "hello", *line.split()]) == 0
     sampling = {"temperature": 0.5, "top_k": 9, "top_p": 0.9, "min_p": 0.1}
     assert seen == [
         RunOptions(
             model=str(store), prompt="hello", raw=True, mem="3G", bits=3, dense_bits=4,
-            max_tokens=7, ctx_size=99, threads=2,
+            max_tokens=7, ctx_size=99, threads=2, kv_type="int8",
             sampling=sampling | {"repeat_penalty": 1.2, "seed": 5},
             stop=("A", "B"), as_json=True, logits_hash=True,
         )
@@ -229,7 +230,7 @@ def test_json_is_one_object_with_the_promised_keys(store: Path) -> None:
     assert set(result) == {
         "text", "prompt_tokens", "generated_tokens", "prefill_tok_s", "decode_tok_s", "ttft_s",
         "peak_rss_bytes", "mem_budget_bytes", "mean_bits", "stop_reason", "bits", "dense_bits",
-        "ctx_size", "threads",
+        "ctx_size", "threads", "kv_type",
     }  # fmt: skip
     assert result["generated_tokens"] == 6 and result["stop_reason"] == "length"
     assert result["mem_budget_bytes"] == 400 * 1024**2

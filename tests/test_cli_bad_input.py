@@ -66,6 +66,27 @@ def test_hub_names_are_not_downloaded(clean: Path) -> None:
     fails("convert", "org/name", "x.emoe", says=says, code=2, cwd=clean)
 
 
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "the text is empty"),
+        (b" \n\n", "the text is empty"),
+        (b"Once upon a time.", r"17 tokens are too few to calibrate on: give text of at least"),
+        (bytes(range(256)) * 9, "not UTF-8 text at byte 128"),
+        (b"GGUF\0\0\0\0" * 99, "a binary file, not text"),
+        (None, "cannot read the text: No such file or directory"),
+    ],
+)
+def test_calibration_text_that_is_none(
+    data: bytes | None, says: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "calib.txt"
+    if data is not None:
+        text.write_bytes(data)
+    fails("convert", checkpoint, tmp_path / "x.emoe", "--calib", text, says=says, code=2)
+    assert not list(tmp_path.glob("*.emoe*"))
+
+
 def test_missing_checkpoint(clean: Path) -> None:
     fails("convert", "nowhere", "x.emoe", says="nowhere does not exist", cwd=clean)
 
@@ -300,6 +321,8 @@ def test_store_with_a_damaged_header(store: Path, tmp_path: Path) -> None:
         (["--bits", "5"], "'--bits': must be 2, 3, 4, 6 or 8, not 5"),
         (["--dense-bits", "x"], "'--dense-bits': must be 2, 3, 4, 6 or 8, not x"),
         (["-t", "0"], "'--threads': must be a whole number from 1 to 1024, not 0"),
+        (["-t", "10000"], "'--threads': must be a whole number from 1 to 1024, not 10000"),
+        (["--kv-type", "f32"], "'f32' is not one of 'f16', 'int8'"),
         (["-t", "1025"], "from 1 to 1024, not 1025"),
         (["-n", "0"], "'--max-tokens': must be a whole number from 1 to 2147483647, not 0"),
         (["-n", "many"], "must be a whole number .*, not many"),

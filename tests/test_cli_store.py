@@ -73,6 +73,20 @@ def test_a_store_for_small_disks(tmp_path: Path) -> None:
     assert code == 2 and "'5' is not one of '4', '6', '8'" in err
 
 
+def test_a_store_for_some_text(tmp_path: Path) -> None:
+    """Any script will do; texts share the tokens that are taken."""
+    make_checkpoint(tmp_path / "src")
+    (tmp_path / "a.txt").write_text("Once upon a time there was a fox. " * 300)
+    (tmp_path / "b.txt").write_text("昔々あるところに狐がいました。" * 99, encoding="utf-8")
+    args = ("--calib", "a.txt", "--calib", "b.txt")
+    code, _, err = run("convert", "src", "x.emoe", *args, cwd=tmp_path)
+    assert code == 0 and "100 %" in err
+    code, out, _ = run("inspect", "x.emoe", "--json", "--verify", cwd=tmp_path)
+    assert code == 0 and json.loads(out)["metadata"]["quantizer"] == "affine8-nested"
+    code, _, err = run("run", "x.emoe", "hi", "-n", "4", "--bits", "2", cwd=tmp_path)
+    assert code == 0, err
+
+
 def test_progress_in_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +177,7 @@ def test_inspect_text(store: Path) -> None:
     for expected in (
         r"qwen3_moe, 0\.02 M weights",
         r"3 layers, 2 with 4 experts of which 2 work on a token; hidden size 16, expert size 12",
+        r"KV cache \d+ B \(f16\) or \d+ B \(int8\) a token",
         r"vocabulary 264, context 32768",
         r"\nexperts +0\.00 M +[\d.]+ KiB +[\d.]+ %\n",
         r"\n2 bits +[\d.]+ KiB +[\d.]+ ",

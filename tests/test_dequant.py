@@ -11,7 +11,7 @@ import pytest
 
 from edgemoe import kernels, reference_ggml
 from edgemoe.errors import KernelError
-from edgemoe.kernels import GGML_BLOCKS
+from edgemoe.kernels import GGML_BLOCKS, dispatch
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
@@ -46,7 +46,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         from edgemoe.numba_backend import pool
 
         monkeypatch.setattr(pool, "SHARE", 1)  # let even tiny operations use every thread
-    monkeypatch.setattr(kernels, "_native", module)
+    monkeypatch.setattr(dispatch, "native", module)
     return str(request.param)
 
 
@@ -95,12 +95,12 @@ def same_or_nan(got: np.ndarray, want: np.ndarray) -> None:
 def test_sizes_are_those_of_gguf(backend: str, name: str) -> None:
     sizes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
     assert GGML_BLOCKS[name] == sizes
-    assert kernels._native.ggml_blocks()[name] == sizes
+    assert dispatch.native.ggml_blocks()[name] == sizes
     assert reference_ggml.BLOCK_TYPES[name][:2] == sizes
 
 
 def test_every_implementation_has_the_same_types(backend: str) -> None:
-    assert list(kernels._native.ggml_blocks()) == TYPES == list(reference_ggml.BLOCK_TYPES)
+    assert list(dispatch.native.ggml_blocks()) == TYPES == list(reference_ggml.BLOCK_TYPES)
 
 
 @pytest.mark.parametrize("name", TYPES)

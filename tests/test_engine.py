@@ -13,9 +13,11 @@ from convert_samples import make_checkpoint
 from tiny import byte_tokenizer
 
 import edgemoe
+from edgemoe.cpu_attn.kv_cache import KVCache
 from edgemoe.engine import bundled_path, open_model
 from edgemoe.generation import StopMatcher
 from edgemoe.loader import budget
+from edgemoe.model import Span
 from edgemoe.mwq.convert import convert
 from edgemoe.types import QuantSpec
 
@@ -137,6 +139,8 @@ def test_bad_requests(model: edgemoe.Model, prompt: object, settings: dict, matc
         {"threads": 10_000},
         {"ctx_size": 0},
         {"ctx_size": 1025},
+        {"kv_type": "f32"},
+        {"kv_type": "q4"},
         {"mem": "lots"},
         {"mem": "0"},
     ],
@@ -233,3 +237,44 @@ def test_forward_rows(model: edgemoe.Model) -> None:
     assert out.shape == (2, 4096)
     assert out.dtype == np.float32
     assert cache.length == 3
+
+
+@pytest.mark.parametrize(("kv_type", "limit"), [("f16", 5e-4), ("int8", 1e-3)])
+def test_what_the_kv_type_costs(kv_type: str, limit: float) -> None:
+    """Mean KL divergence from a float32 cache; any change moves activations to other codes."""
+    texts = json.loads((Path(__file__).parent / "golden" / "greedy.json").read_text())["tokens"]
+    ids = np.concatenate(texts)[:500]
+
+    def log_softmax(z: np.ndarray) -> np.ndarray:
+        z = z.astype(np.float64) - z.max(axis=-1, keepdims=True)
+        return np.asarray(z - np.log(np.exp(z).sum(axis=-1, keepdims=True)))
+
+    with edgemoe.load(bits=8, ctx_size=512, kv_type=kv_type) as model:
+        assert model.plan.kv_type == kv_type
+        exact = KVCache(model.config, 512, "f32")
+        want, got = (
+            log_softmax(model.forward(ids, [Span(cache, 500)], range(500)))
+            for cache in (exact, model.new_cache())
+        )
+        divergence = float((np.exp(want) * (want - got)).sum(axis=-1).mean())
+        assert 0 < divergence <= limit
+
+
+def test_a_smaller_cache_leaves_more_room() -> None:
+    sizes = {}
+    for kv_type in ("f16", "int8"):
+        with edgemoe.load(bits=2, ctx_size=1024, kv_type=kv_type) as model:
+            sizes[kv_type] = model.plan.budget.kv_cache
+            held = model.new_cache()._data.nbytes
+            assert held <= sizes[kv_type] <= held + 64
+    assert 0.5 < sizes["int8"] / sizes["f16"] < 0.56
+
+
+def test_batches_of_nothing_are_refused(model: edgemoe.Model) -> None:
+    cache = model.new_cache()
+    for tokens, counts in (([], []), ([], [0]), ([5], [1, 0]), ([5, 6], [1])):
+        with pytest.raises(edgemoe.UsageError):
+            model.forward(tokens, [Span(cache, n) for n in counts], [0])
+    assert cache.length == 0
+    with pytest.raises(edgemoe.UsageError, match="--ctx-size"):
+        model.forward([5] * (cache.capacity + 1), [Span(cache, cache.capacity + 1)], [0])

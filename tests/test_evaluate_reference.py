@@ -113,7 +113,7 @@ def test_one_pass_attention_equals_the_cache() -> None:
     ids = np.random.default_rng(0).integers(1, 4000, 150)
     with edgemoe.load(bits=3, ctx_size=160) as model:
         whole = model.hidden(ids, [Span(OnePass(model.config), 150)])
-        kept: KVCache = model.new_cache()
+        kept = KVCache(model.config, 160, "f32")
         parts = [model.hidden(p, [Span(kept, len(p))]) for p in np.split(ids, [100, 101])]
         np.testing.assert_array_equal(whole, np.concatenate(parts))
         used = OnePass(model.config)

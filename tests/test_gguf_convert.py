@@ -89,7 +89,7 @@ def test_float_forward_of_a_quantized_file(tmp_path: Path) -> None:
     logits = []
     for name in ("q.gguf", "f.gguf"):
         checkpoint = open_checkpoint(tmp_path / name, pool=pool)
-        cache = KVCache(checkpoint.config, len(ids))
+        cache = KVCache(checkpoint.config, len(ids), "f32")
         args = from_checkpoint(checkpoint), FloatExperts(checkpoint), pool
         logits.append(forward(*args, ids, [Span(cache, len(ids))], np.arange(len(ids))))
     np.testing.assert_array_equal(*logits)
@@ -206,7 +206,7 @@ def test_routes_are_replayed(replaying: tuple[Path, Path], bits: int) -> None:
         pool = kernels.new_pool(2)
         weights = from_store(store, pool, arena, level)
         experts = Watched(SerialExperts(pool, ResidentExperts(store, arena, level)))
-        tokens, cache = np.arange(steps), KVCache(config, steps)
+        tokens, cache = np.arange(steps), KVCache(config, steps, "f32")
         logits = [
             forward(weights, experts, pool, part, [Span(cache, len(part))], np.arange(len(part)))
             for part in np.split(tokens, [128, 256, 257])

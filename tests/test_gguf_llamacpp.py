@@ -51,7 +51,7 @@ def theirs(path: Path) -> np.ndarray:
 def ours(path: Path) -> np.ndarray:
     checkpoint, pool = open_checkpoint(path), kernels.new_pool(1)
     args = from_checkpoint(checkpoint), FloatExperts(checkpoint), pool
-    cache = KVCache(checkpoint.config, len(IDS))
+    cache = KVCache(checkpoint.config, len(IDS), "f32")
     return forward(*args, np.array(IDS), [Span(cache, len(IDS))], np.arange(len(IDS)))
 
 

@@ -8,7 +8,7 @@ from coded import random_record
 
 from edgemoe import kernels, reference
 from edgemoe.errors import KernelError, UsageError
-from edgemoe.kernels import NestedMatrix
+from edgemoe.kernels import NestedMatrix, dispatch
 from edgemoe.layout import dense_layout, expert_layout
 from edgemoe.types import LEVELS, QuantSpec
 
@@ -212,35 +212,6 @@ def test_route(experts: int, k: int, normalize: bool) -> None:
     close(weights, want)
 
 
-@pytest.mark.parametrize("d", [16, 20, 64, 128, 256])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
-@pytest.mark.parametrize("window", [None, 1, 5])
-def test_attention(
-    isa: str, d: int, heads: int, kv_heads: int, window: int | None, pool: kernels.Pool
-) -> None:
-    rng = np.random.default_rng(d)
-    capacity, start, n = 50, 13, 20
-    k = rng.standard_normal((kv_heads, capacity, d)).astype(np.float32)
-    v = rng.standard_normal((kv_heads, capacity, d)).astype(np.float32)
-    k[:, start + n :] = np.nan  # beyond the last token: must never be read
-    q = rng.standard_normal((n, heads, d)).astype(np.float32) * 3
-    got = kernels.attention(pool, q, k, v, start, d**-0.5, window)
-    close(got, reference.attention(q, k, v, start, d**-0.5, window))
-    singles = [
-        kernels.attention(pool, q[i : i + 1], k, v, start + i, d**-0.5, window) for i in range(n)
-    ]
-    assert np.array_equal(got.view(np.uint32), np.concatenate(singles).view(np.uint32))
-
-
-def test_attention_survives_extreme_scores(isa: str) -> None:
-    pool = kernels.new_pool(1)
-    k = np.zeros((1, 40, 16), np.float32)
-    k[0, 3] = 1e4
-    v = np.arange(40, dtype=np.float32).reshape(1, 40, 1).repeat(16, axis=2)
-    out = kernels.attention(pool, np.ones((1, 1, 16), np.float32), k, v, 39, 1.0)
-    assert np.allclose(out, 3.0)
-
-
 def _outputs(threads: int) -> list[np.ndarray]:
     rng = np.random.default_rng(3)
     pool = kernels.new_pool(threads)
@@ -261,9 +232,6 @@ def _outputs(threads: int) -> list[np.ndarray]:
                 np.arange(67, dtype=np.int32),
             )
         )
-    q = rng.standard_normal((40, 4, 48)).astype(np.float32)
-    kv = rng.standard_normal((2, 2, 64, 48)).astype(np.float32)
-    out.append(kernels.attention(pool, q, kv[0], kv[1], 7, 0.2))
     out.append(kernels.rmsnorm(pool, x, x[0].copy(), 1e-5))
     out.append(kernels.linear_f32(pool, x, x))
     return out
@@ -314,17 +282,12 @@ def test_wrong_arrays_raise_and_are_never_copied() -> None:
         kernels.decode_rows(w, np.array([16], np.int64))
     with pytest.raises(KernelError):
         kernels.route(np.zeros((1, 4), np.float32), 5, True)
-    q, kv = np.zeros((2, 4, 8), np.float32), np.zeros((3, 10, 8), np.float32)
-    with pytest.raises(KernelError):
-        kernels.attention(pool, q, kv, kv, 0, 1.0)
-    with pytest.raises(KernelError):
-        kernels.attention(pool, q, kv[:2].copy(), kv[:2].copy(), 9, 1.0)
     with pytest.raises(KernelError):
         kernels.combine(pool, x, np.array([[4]], np.int32), np.ones((1, 1), np.float32))
 
 
 def test_native_module_itself_refuses_conversion() -> None:
-    native = kernels._native
+    native = dispatch.native
     pool = kernels.new_pool(1)
     y = np.zeros((1, 4), np.float32)
     w = np.zeros((4, 8), np.float32)

@@ -20,8 +20,10 @@ from coded import random_record
 import edgemoe
 from edgemoe import kernels
 from edgemoe.errors import KernelError
-from edgemoe.kernels import NestedMatrix, Pool
+from edgemoe.kernels import NestedMatrix, Pool, dispatch
+from edgemoe.kv_layout import KVLayout
 from edgemoe.layout import dense_layout, expert_layout
+from edgemoe.mwq.packing import affine
 from edgemoe.types import LEVELS, QuantSpec
 
 pytest.importorskip("numba", reason="numba is not installed: pip install 'edgemoe[numba]'")
@@ -42,10 +44,10 @@ def same(monkeypatch: pytest.MonkeyPatch) -> Same:
     before = native.isa()
 
     def check(case: Case) -> None:
-        monkeypatch.setattr(kernels, "_native", native)
+        monkeypatch.setattr(dispatch, "native", native)
         native.set_isa("scalar")
         want = case(kernels.new_pool(2))
-        monkeypatch.setattr(kernels, "_native", numba_backend)
+        monkeypatch.setattr(dispatch, "native", numba_backend)
         monkeypatch.setattr(pools, "SHARE", 1)  # let even tiny operations use every thread
         for threads in (1, 2, 3):
             got = case(kernels.new_pool(threads))
@@ -60,7 +62,7 @@ def same(monkeypatch: pytest.MonkeyPatch) -> Same:
 
 @pytest.fixture
 def numba_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_native", numba_backend)
+    monkeypatch.setattr(dispatch, "native", numba_backend)
 
 
 def activations(rng: np.random.Generator, n: int, cols: int) -> np.ndarray:
@@ -198,23 +200,56 @@ def test_route(same: Same, experts: int, k: int) -> None:
         same(lambda pool, normalize=normalize: list(kernels.route(logits, k, normalize)))
 
 
-@pytest.mark.parametrize("d", [1, 20, 64, 128])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
-def test_attention(same: Same, d: int, heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "int8"])
+@pytest.mark.parametrize(
+    ("d", "heads", "kv_heads"), [(1, 4, 4), (20, 6, 2), (64, 3, 1), (128, 8, 1), (80, 4, 2)]
+)
+def test_attention(same: Same, d: int, heads: int, kv_heads: int, kv_type: str) -> None:
     rng = np.random.default_rng(d)
-    k, v = rng.standard_normal((2, kv_heads, 50, d)).astype(np.float32)
-    k[:, 33:] = v[:, 33:] = np.nan  # beyond the last token: must never be read
+    k, v = rng.standard_normal((2, 330, kv_heads, d)).astype(np.float32)
+    k[5], k[6], v[7], v[9, :, 0] = 0.0, 1e-43, 1e-38, 1e6  # no scale, subnormals, beyond float16
     q = rng.standard_normal((20, heads, d)).astype(np.float32) * 3
     q[3] *= 1e4  # all the weight goes to one position
+    sinks = rng.standard_normal(heads).astype(np.float32)
+    layout = KVLayout(kv_type, kv_heads, d, 333)
 
     def case(pool: Pool) -> list[np.ndarray]:
-        return [
-            kernels.attention(pool, q[:n], k, v, 33 - n, d**-0.5, window)
+        (data,) = layout.allocate(1)
+        data[:] = 0xFF  # NaN, but for codes: what was never stored must not be seen
+        kernels.kv_write(pool, layout, data, k[:313].copy(), v[:313].copy(), 0)
+        kernels.kv_write(pool, layout, data, k[313:].copy(), v[313:].copy(), 313)
+        return [data] + [
+            kernels.attention(pool, q[:n], layout, data, 330 - n, d**-0.5, window, given)
             for n in (1, 20)
-            for window in (None, 1, 5, 16, 33, 100)
+            for window in (None, 1, 5, 64, 100, 330)
+            for given in (None, sinks)
         ]
 
     same(case)
+
+
+def test_float16_and_codes_of_any_value(same: Same) -> None:
+    """Every sign, exponent and way to round, stored and read again."""
+    bits = np.arange(0, 1 << 32, 257 * 13, dtype=np.uint64).astype(np.uint32)
+    x = bits[: bits.size // 256 * 256].view(np.float32).reshape(-1, 4, 64)
+    x = np.where(np.isfinite(x), x, np.float32(1))
+    for kv_type in ("f16", "int8"):
+        layout = KVLayout(kv_type, 4, 64, len(x))
+
+        def case(pool: Pool, layout: KVLayout = layout) -> list[np.ndarray]:
+            (data,) = layout.allocate(1)
+            kernels.kv_write(pool, layout, data, x, x[::-1].copy(), 0)
+            return [data]
+
+        same(case)
+
+
+def test_stream_read(same: Same) -> None:
+    data = np.random.default_rng(0).integers(0, 256, 1 << 20).astype(np.uint8)
+    room = np.empty(data.size + 64, np.uint8)
+    aligned = room[-room.ctypes.data % 64 :][: data.size]
+    aligned[:] = data
+    same(lambda pool: [np.array([kernels.stream_read(pool, aligned)], np.uint64)])
 
 
 @pytest.mark.parametrize("group", [32, 128])
@@ -256,11 +291,17 @@ def test_conversion(same: Same) -> None:
         w[0], w[3] = 0.5, 0.0
         w[1] *= 1e-42
         w[2, ::9] *= 1e4
+        w[4] *= 1e25
 
         def case(pool: Pool, w: np.ndarray = w, quant: QuantSpec = quant) -> list[np.ndarray]:
             codes, scales = kernels.quantize_rows(pool, w, quant)
             parts = [scales.exponent, scales.step, scales.zero, scales.shift]
-            return [codes, *parts, *kernels.pack_rows(pool, codes, quant.levels)]
+            pairs = [affine(scales, level, i) for i, level in enumerate(quant.levels)]
+            s, o = (np.stack(values) for values in zip(*pairs, strict=True))
+            feedback = np.triu(np.full((w.shape[1],) * 2, 0.1, np.float32), 1)
+            better = codes.copy()
+            kernels.nest_rows(pool, w, better, quant, (s, o), feedback, np.ones(5, np.float32), 40)
+            return [codes, *parts, better, *kernels.pack_rows(pool, codes, quant.levels)]
 
         same(case)
 
@@ -403,8 +444,8 @@ def test_greedy_tokens(numba_only: None, threads: int) -> None:
 
 @pytest.mark.parametrize("bits", LEVELS)
 def test_logits(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
-    monkeypatch.setattr(kernels, "_native", native)
+    monkeypatch.setattr(dispatch, "native", native)
     want = golden.run_hash(2, bits, 64)
-    monkeypatch.setattr(kernels, "_native", numba_backend)
+    monkeypatch.setattr(dispatch, "native", numba_backend)
     assert golden.run_hash(2, bits, 150) == want
     assert golden.run_hash(3, bits, 40) == want

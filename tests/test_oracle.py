@@ -36,7 +36,7 @@ class FloatRun:
         self._args = from_checkpoint(checkpoint), FloatExperts(checkpoint), kernels.new_pool(2)
 
     def cache(self) -> KVCache:
-        return KVCache(self.config, 128)
+        return KVCache(self.config, 128, "f32")
 
     def __call__(self, cache: KVCache, ids: np.ndarray) -> np.ndarray:
         rows = np.arange(len(ids))

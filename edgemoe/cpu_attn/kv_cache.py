@@ -8,7 +8,18 @@ import numpy as np
 
 from .. import kernels
 from ..errors import UsageError
+from ..kv_layout import KVLayout
 from ..types import F32, ModelConfig
+
+
+def layout_of(config: ModelConfig, capacity: int, kv_type: str) -> KVLayout:
+    """How a model's layers keep the keys and values of `capacity` positions."""
+    return KVLayout(kv_type, config.num_key_value_heads, config.head_dim, capacity)
+
+
+def cache_bytes(config: ModelConfig, capacity: int, kv_type: str) -> int:
+    """Bytes of a KVCache that is full."""
+    return layout_of(config, capacity, kv_type).nbytes(config.num_hidden_layers)
 
 
 class AttentionState(ABC):
@@ -16,6 +27,7 @@ class AttentionState(ABC):
 
     def __init__(self, config: ModelConfig) -> None:
         multiplier = config.attention_multiplier
+        self._config = config
         self._scale = config.head_dim**-0.5 if multiplier is None else multiplier
         self._windows = [
             None if i in config.full_attention_layers else config.sliding_window
@@ -37,46 +49,49 @@ class AttentionState(ABC):
 
 
 class OnePass(AttentionState):
-    """A sequence that comes in one piece: no layer's keys and values are kept for later."""
+    """A sequence that comes in one piece, in float32: no layer's keys and values are kept."""
 
     def attend(self, pool: kernels.Pool, layer: int, q: F32, k: F32, v: F32) -> F32:
         """As AttentionState says, from the start of the sequence."""
         if self.length:
             raise UsageError("a one-pass sequence cannot be continued: use a KVCache")
-        keys, values = (np.ascontiguousarray(a.transpose(1, 0, 2)) for a in (k, v))
-        return kernels.attention(pool, q, keys, values, 0, self._scale, self._windows[layer])
+        layout = layout_of(self._config, len(q), "f32")
+        (data,) = layout.allocate(1)
+        kernels.kv_write(pool, layout, data, k, v, 0)
+        return kernels.attention(pool, q, layout, data, 0, self._scale, self._windows[layer])
 
 
 class KVCache(AttentionState):
-    """Keys and values of one sequence: float32 [layers, 2, kv_heads, capacity, head_dim].
+    """Keys and values of one sequence of up to `capacity` tokens, laid out as kv_layout.py says.
 
-    Pages are touched as positions fill, so a long context costs memory only once it is used.
+    kv_type: "f16", "int8", or "f32", which rounds nothing. Pages are touched as positions fill, so
+    a long context costs memory only once it is used.
+
+    Raises:
+        UsageError: an unknown type, or no capacity.
     """
 
-    def __init__(self, config: ModelConfig, capacity: int) -> None:
-        if capacity < 1:
-            raise UsageError(f"context size must be at least 1, got {capacity}")
+    def __init__(self, config: ModelConfig, capacity: int, kv_type: str = "f16") -> None:
         super().__init__(config)
-        self._data = np.zeros(
-            (
-                config.num_hidden_layers,
-                2,
-                config.num_key_value_heads,
-                capacity,
-                config.head_dim,
-            ),
-            np.float32,
-        )
+        self._layout = layout_of(config, capacity, kv_type)
+        self._data = self._layout.allocate(config.num_hidden_layers)
         self.capacity = capacity
 
     def attend(self, pool: kernels.Pool, layer: int, q: F32, k: F32, v: F32) -> F32:
-        """As AttentionState says; k and v are stored."""
-        keys, values = self._data[layer]
-        stop = self.length + q.shape[0]
-        keys[:, self.length : stop] = k.transpose(1, 0, 2)
-        values[:, self.length : stop] = v.transpose(1, 0, 2)
+        """As AttentionState says; k and v are stored.
+
+        Raises:
+            UsageError: the tokens do not fit.
+        """
+        if self.length + len(q) > self.capacity:
+            raise UsageError(
+                f"{self.length} tokens and {len(q)} more exceed the context of {self.capacity}: "
+                "give a larger --ctx-size"
+            )
+        layout, data = self._layout, self._data[layer]
+        kernels.kv_write(pool, layout, data, k, v, self.length)
         window = self._windows[layer]
-        return kernels.attention(pool, q, keys, values, self.length, self._scale, window)
+        return kernels.attention(pool, q, layout, data, self.length, self._scale, window)
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens.

@@ -21,11 +21,15 @@ from ..errors import CheckpointError, UsageError, shown
 from ..layout import ROW_BLOCK
 from ..store import RecordWriter, StoreWriter
 from ..types import F32, NestedScales, QuantSpec
+from .calibrate import CalibratedExperts, ExpertMatrices
 from .packing import pack_scales, plane_pieces
 from .quantize import quantize_matrix
 
 Progress = Callable[[int, int, str], None]
 """Called with (weights done, weights in all, part at hand)."""
+
+Calibrate = Callable[[CalibratedExperts], None]
+"""Runs the checkpoint in float32 over a text, all of it as one batch, with these experts."""
 
 _RUN_WEIGHTS = 1 << 22
 """Weights read at a time: 16 MiB of float32."""
@@ -36,7 +40,8 @@ class ConvertReport:
     """What a conversion did.
 
     out: the store. weights: all of the model. experts, tensors: how many. max_level: most bits of
-    an expert. file_bytes: of the store. seconds: wall time.
+    an expert. file_bytes: of the store. seconds: wall time. starved: experts that the calibration
+    text hardly reached, None without one.
     """
 
     out: str
@@ -46,6 +51,7 @@ class ConvertReport:
     max_level: int
     file_bytes: int
     seconds: float
+    starved: int | None = None
 
 
 def convert(
@@ -56,6 +62,7 @@ def convert(
     quant: QuantSpec | None = None,
     max_level: int | None = None,
     threads: int | None = None,
+    calibrate: Calibrate | None = None,
 ) -> ConvertReport:
     """Convert a checkpoint into a store.
 
@@ -68,6 +75,7 @@ def convert(
             store. None: that of `quant` if there is one, else what the source has (4 for a 4-bit
             GGUF, 8 for a checkpoint).
         threads: that dequantize and quantize; None: one for each CPU this process may use.
+        calibrate: lets experts be quantized for the inputs they see; None: weight by weight.
 
     Raises:
         UsageError: `max_level` is no level.
@@ -90,16 +98,34 @@ def convert(
     experts = len(config.moe_layers) * config.num_experts
     total = experts * expert_weights + sum(math.prod(checkpoint.shape(n)) for n in names)
     meter = _Meter(total, progress)
-    metadata = {"source": shown(checkpoint.path.resolve().name), "quantizer": "affine8-nearest"}
+    metadata = {
+        "source": shown(checkpoint.path.resolve().name),
+        "quantizer": "affine8-nearest" if calibrate is None else "affine8-nested",
+    }
+    starved = None
     with StoreWriter(out, config, quant, metadata) as writer:
-        for layer in config.moe_layers:
-            for expert in range(config.num_experts):
+        if calibrate is None:
+            for layer in config.moe_layers:
+                for expert in range(config.num_experts):
+                    record = writer.open_expert(layer, expert)
+                    for m, part in enumerate(EXPERT_PARTS):
+                        _write_matrix(
+                            record, m, _expert_rows(checkpoint, layer, expert, part), meter, pool
+                        )
+                    record.close()
+        else:
+
+            def write(
+                layer: int, expert: int, matrices: ExpertMatrices, feedback: tuple[F32, F32, F32]
+            ) -> None:
                 record = writer.open_expert(layer, expert)
-                for m, part in enumerate(EXPERT_PARTS):
-                    _write_matrix(
-                        record, m, _expert_rows(checkpoint, layer, expert, part), meter, pool
-                    )
+                for m, (matrix, by) in enumerate(zip(matrices, feedback, strict=True)):
+                    _write_matrix(record, m, _slices(matrix), meter, pool, by)
                 record.close()
+
+            calibrated = CalibratedExperts(checkpoint.expert, config.num_experts, write)
+            calibrate(calibrated)
+            starved = calibrated.starved
         for name in names:
             if is_nested(name):
                 rows, cols = checkpoint.shape(name)
@@ -121,6 +147,7 @@ def convert(
         max_level=quant.max_level,
         file_bytes=os.stat(out).st_size,
         seconds=time.monotonic() - start,
+        starved=starved,
     )
 
 
@@ -148,8 +175,17 @@ def _dense_rows(checkpoint: Checkpoint, name: str) -> _Rows:
     return lambda first, stop: checkpoint.tensor(name, rows=(first, stop))
 
 
+def _slices(matrix: F32) -> _Rows:
+    return lambda first, stop: matrix[first:stop]
+
+
 def _write_matrix(
-    record: RecordWriter, m: int, read: _Rows, meter: _Meter, pool: kernels.Pool
+    record: RecordWriter,
+    m: int,
+    read: _Rows,
+    meter: _Meter,
+    pool: kernels.Pool,
+    feedback: F32 | None = None,
 ) -> None:
     """Quantize matrix m of a record and write its planes and scale blocks."""
     layout = record.layout
@@ -159,7 +195,7 @@ def _write_matrix(
     for first in range(0, matrix.rows, step):
         stop = min(first + step, matrix.rows)
         try:
-            codes, scales = quantize_matrix(read(first, stop), layout.quant, pool)
+            codes, scales = quantize_matrix(read(first, stop), layout.quant, pool, feedback)
         except UsageError as exc:
             raise CheckpointError(f"{record.what}: {exc}") from exc
         parts.append(scales)

@@ -1,7 +1,7 @@
 """The second backend: the functions of _native.pyi compiled by numba, with the same bits.
 
 For machines without the built extension. Arrays are as in _native.pyi: C-contiguous, of exactly
-the stated dtype, never copied; shapes are checked in kernels.py. Segments start at multiples of 8
+the stated dtype, never copied; shapes are checked in kernels/. Segments start at multiples of 8
 bytes, as all memory of NumPy and of the arena does.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import KernelError
 from ..types import F32, I8, I32, I64, U8, U64
-from . import conversion, dequant, floats, products
+from . import conversion, dequant, floats, kv_attention, products
 from .jit import Kernel
 from .pool import Pool, padded
 
@@ -34,10 +34,13 @@ __all__ = [
     "ggml_blocks",
     "isa",
     "isa_names",
+    "kv_block_bytes",
+    "kv_write",
     "linear",
     "linear_f32",
     "linear_scratch",
     "matrix",
+    "nest_rows",
     "pack_rows",
     "quantize_rows",
     "rmsnorm",
@@ -45,6 +48,7 @@ __all__ = [
     "route",
     "set_isa",
     "silu_mul",
+    "stream_read",
 ]
 
 _ALL_TOKENS = np.empty(0, np.int32)
@@ -224,17 +228,44 @@ def combine(pool: Pool, pair_out: F32, position: I32, weights: F32, y: F32) -> N
         pool.run(floats.combine, y.shape[0], work, pair_out, position, weights, y)
 
 
+def kv_block_bytes(kind: int, d: int) -> int:
+    """Bytes of a block of the KV cache (kv_layout.py)."""
+    padded_d = padded(d, 4) // 4
+    return (4, 2, 1)[kind] * 64 * (d + padded_d) + (512 if kind == 2 else 0)
+
+
+def kv_write(pool: Pool, data: U8, kind: int, k: F32, v: F32, start: int) -> None:
+    """Store keys and values [n, kv_heads, d] of positions start, start + 1, ..."""
+    with pool.lock:
+        tasks = k.shape[0] * k.shape[1]
+        pool.run(kv_attention.write, tasks, 4 * k.size, data, kind, k, v, start)
+
+
 def attention(
-    pool: Pool, q: F32, k: F32, v: F32, start: int, window: int, scale: float, out: F32
+    pool: Pool,
+    q: F32,
+    data: U8,
+    kind: int,
+    start: int,
+    window: int,
+    scale: float,
+    sinks: F32,
+    out: F32,
 ) -> None:
-    """Causal attention of new tokens at positions start, start + 1, ...; window 0 is none."""
+    """Causal attention of new tokens at positions start, ...; window 0 and empty sinks are none."""
     n, heads, d = q.shape
     seen = start + n
     if window:
         seen = min(seen, window)
+    tasks = -(-n // kv_attention.TILE) * data.shape[0]
     with pool.lock:
-        args = (q, k, v, start, window, scale, out)
-        pool.run(floats.attention, n * heads, 2 * n * heads * seen * d, *args)
+        args = (q, data, kind, start, window, scale, sinks, out)
+        pool.run(kv_attention.attention, tasks, 2 * n * heads * seen * d, *args)
+
+
+def stream_read(pool: Pool, data: U8) -> int:
+    """Sum modulo 2^64 of the 64-bit words of data."""
+    return int(data.view(np.uint64).sum(dtype=np.uint64))
 
 
 def quantize_rows(
@@ -257,6 +288,24 @@ def quantize_rows(
     with pool.lock:
         pool.run(conversion.quantize_rows, len(w), 8 * w.size, w, group, levels, *out)
     return not bad.any()
+
+
+def nest_rows(
+    pool: Pool,
+    w: F32,
+    group: int,
+    feedback: F32,
+    s: F32,
+    o: F32,
+    bits: I32,
+    weight: F32,
+    reach: int,
+    codes: U8,
+) -> None:
+    """Better codes [rows, cols] of w for all levels together, in place: kernels.nest_rows."""
+    with pool.lock:
+        out = (w, group, feedback, s, o, bits, weight, reach, codes)
+        pool.run(conversion.nest_rows, len(w), 8 * w.size * w.shape[1], *out)
 
 
 def pack_rows(pool: Pool, codes: U8, levels: I32, planes: Sequence[U8]) -> None:
@@ -302,7 +351,7 @@ def experts_scratch(
     Compiles all kernels of a forward pass first: whoever asks for sizes goes on to measure what
     this process holds, and the machine code and the compiler are part of it.
     """
-    for module in (products, floats):
+    for module in (products, floats, kv_attention):
         for kernel in vars(module).values():
             if isinstance(kernel, Kernel):
                 kernel.compiled()
@@ -311,6 +360,6 @@ def experts_scratch(
     return _bytes(parts) + threads * own
 
 
-def attention_scratch(threads: int, positions: int) -> int:
-    """Bytes that `attention` needs."""
-    return threads * padded(positions, 4)
+def attention_scratch(threads: int, n: int, heads: int, kv_heads: int, d: int) -> int:
+    """Bytes that `attention` needs for n tokens."""
+    return threads * kv_attention.workspace_bytes(heads, kv_heads, d)

@@ -1,4 +1,4 @@
-"""Compiled float32 kernels and CRC-32C: native/em_math.h, ops.c, attention.c, crc32c.c again.
+"""Compiled float32 kernels and CRC-32C: native/em_math.h, ops.c, crc32c.c again.
 
 A kernel computes the tasks [first, last) of an operation. Every reduction has the order that
 native/edgemoe.h states.
@@ -21,11 +21,10 @@ from .jit import array_in, array_out, helper, kernel
 LANES = 16
 
 _INT, _F32 = types.int64, types.float32
-_F32_1D, _F32_2D, _F32_3D = (array_in(_F32, n) for n in (1, 2, 3))
-_OUT_1D, _OUT_2D, _OUT_3D = (array_out(_F32, n) for n in (1, 2, 3))
+_F32_1D, _F32_2D = array_in(_F32, 1), array_in(_F32, 2)
+_OUT_2D, _OUT_3D = array_out(_F32, 2), array_out(_F32, 3)
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_LOWEST = np.finfo(np.float32).min
 _EXP_LO, _EXP_HI = np.float32(-87), np.float32(88)
 _LOG2E = np.float32(1.44269504088896341)
 _LN2_HI, _LN2_LO = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -201,50 +200,6 @@ def combine(first: int, last: int, pair_out: F32, position: I32, weights: F32, y
             p, w = position[i, s], weights[i, s]
             for c in range(y.shape[1]):
                 y[i, c] += w * pair_out[p, c]
-
-
-@kernel(_INT, _INT, _F32_3D, _F32_3D, _F32_3D, _INT, _INT, _F32, _OUT_3D)
-def attention(
-    first: int,
-    last: int,
-    q: F32,
-    k: F32,
-    v: F32,
-    start: int,
-    window: int,
-    scale: Any,
-    out: F32,
-) -> None:
-    """Causal attention; one task a (token, head). window 0 is none."""
-    heads, d = q.shape[1], q.shape[2]
-    lanes = np.empty(LANES, np.float32)
-    scores = np.empty(start + q.shape[0], np.float32)
-    for task in range(first, last):
-        i, h = task // heads, task % heads
-        end = start + i + 1
-        begin = end - window if window and end > window else 0
-        g = h // (heads // k.shape[0])
-        largest = _LOWEST
-        for j in range(begin, end):
-            score = _dot(q[i, h], k[g, j], lanes) * scale
-            scores[j] = score
-            largest = score if score > largest else largest
-        for j in range(begin, end):
-            scores[j] = _exp(scores[j] - largest)
-        for lane in range(LANES):
-            lanes[lane] = _ZERO
-        for j in range(begin, end):
-            lanes[(j - begin) % LANES] += scores[j]
-        total = _tree(lanes)
-        row = out[i, h]
-        for c in range(d):
-            row[c] = _ZERO
-        for j in range(begin, end):
-            p, values = scores[j], v[g, j]
-            for c in range(d):
-                row[c] += p * values[c]
-        for c in range(d):
-            row[c] /= total
 
 
 def _crc_tables() -> NDArray[np.uint32]:

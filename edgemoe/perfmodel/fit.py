@@ -15,11 +15,11 @@ MIB = 1 << 20
 class Footprint:
     """Bytes of a model's parts, as they will lie in memory.
 
-    weights(level index, dense level index) are all weights; kv_per_token and scratch as named.
+    weights(level index, dense level index) are all weights; kv_cache is that of a whole context.
     """
 
     weights: Callable[[int, int], int]
-    kv_per_token: int
+    kv_cache: int
     scratch: int
     process: int
 
@@ -43,15 +43,13 @@ def margin(ceiling: int) -> int:
     return max(48 * MIB, ceiling * 3 // 100)
 
 
-def budget(
-    footprint: Footprint, ceiling: int, level_index: int, dense_level_index: int, ctx_size: int
-) -> Budget:
+def budget(footprint: Footprint, ceiling: int, level_index: int, dense_level_index: int) -> Budget:
     """How a run at these levels spends its ceiling."""
     return Budget(
         ceiling=ceiling,
         process=footprint.process,
         weights=footprint.weights(level_index, dense_level_index),
-        kv_cache=footprint.kv_per_token * ctx_size,
+        kv_cache=footprint.kv_cache,
         scratch=footprint.scratch,
         margin=margin(ceiling),
     )
@@ -84,7 +82,7 @@ def choose_level(
     tried: list[tuple[int, int, Budget]] = []
     for level in (bits,) if bits is not None else tuple(reversed(levels)):
         dense = dense_bits if dense_bits is not None else max(dense_levels[-2], level)
-        parts = budget(footprint, ceiling, levels.index(level), dense_levels.index(dense), ctx_size)
+        parts = budget(footprint, ceiling, levels.index(level), dense_levels.index(dense))
         if parts.needed <= ceiling:
             return level, dense, parts
         tried.append((level, dense, parts))

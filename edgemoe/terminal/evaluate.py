@@ -61,6 +61,7 @@ class EvalOptions:
     parse_special: bool = False
     mem: str = "auto"
     threads: int | None = None
+    kv_type: str = "f16"
     as_json: bool = False
 
 
@@ -271,10 +272,12 @@ def _measure(options: EvalOptions, bits: int | None, work: _Work) -> _Outcome:
         dense_bits=options.dense_bits,
         ctx_size=work.longest,
         threads=options.threads,
+        kv_type=options.kv_type,
         reserve=reserve,
     ) as model:
         plan, run = model.plan, _runner(model)
         figures: dict[str, Any] = {"bits": plan.bits, "dense_bits": plan.dense_bits}
+        figures["kv_type"] = plan.kv_type
         scores: list[TokenScores] = []
         if work.texts:
             with progress(f"{plan.bits} bits, text") as report:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ..errors import shown
+from ..kv_layout import BLOCK, KV_TYPES, KVLayout
 from ..loader.budget import format_size
 from ..store import Store
+from ..types import ModelConfig
 from .model_path import require_store
 
 
@@ -64,7 +67,7 @@ def describe(store: Store) -> dict[str, Any]:
         "quant": {**asdict(store.quant), "alignment": store.alignment},
         "sizes": report,
         "levels": levels,
-        "kv_bytes_per_token": config.kv_bytes_per_token,
+        "kv_bytes_per_token": {kind: _kv_bytes(config, kind) for kind in KV_TYPES},
         "checksums": _checksums(store, experts["records"]),
         "metadata": dict(store.metadata),
     }
@@ -80,6 +83,12 @@ def _active(
     total: int = dense["weights"] + plain["weights"] - embedding
     active: int = round(experts["weights"] * share)
     return total + active
+
+
+def _kv_bytes(config: ModelConfig, kind: str) -> int:
+    """Bytes that a token takes in a KV cache, over all layers; blocks hold many."""
+    block = KVLayout(kind, config.num_key_value_heads, config.head_dim, BLOCK)
+    return config.num_hidden_layers * math.prod(block.shape) // BLOCK
 
 
 def _checksums(store: Store, expert_records: int) -> dict[str, Any]:
@@ -100,7 +109,8 @@ def text(facts: dict[str, Any]) -> list[str]:
         f"{c['moe_intermediate_size']}",
         f"  {c['num_attention_heads']} attention heads of {c['head_dim']}, "
         f"{c['num_key_value_heads']} for keys and values; KV cache "
-        f"{format_size(facts['kv_bytes_per_token'])} a token",
+        f"{' or '.join(f'{format_size(n)} ({k})' for k, n in facts['kv_bytes_per_token'].items())}"
+        " a token",
         f"  vocabulary {c['vocab_size']}, context {c['max_position_embeddings']}",
         "",
         *_table(["part", "weights", "bytes", "of the file"], list(_parts(sizes))),

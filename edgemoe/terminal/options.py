@@ -88,7 +88,14 @@ def loading(command: Callable[..., Any]) -> Callable[..., Any]:
             "--threads",
             callback=number(1, 1024, whole=True),
             metavar="N",
-            help="Threads that compute.  [default: the CPUs this process may use]",
+            help="Threads that compute.  [default: the performance cores this process may use]",
+        ),
+        click.option(
+            "--kv-type",
+            type=click.Choice(("f16", "int8")),
+            default="f16",
+            show_default=True,
+            help="What keys and values are kept as; int8 takes half the memory.",
         ),
     ]
     for option in reversed(options):

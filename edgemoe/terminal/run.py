@@ -127,6 +127,7 @@ def as_json(
     out: dict[str, Any] = {"text": generation.text, **asdict(stats)}
     out |= {"bits": model.plan.bits, "dense_bits": model.plan.dense_bits}
     out |= {"ctx_size": model.plan.ctx_size, "threads": model.plan.threads}
+    out["kv_type"] = model.plan.kv_type
     if sampling.temperature > 0:
         out["seed"] = sampling.seed
     if logits_hash:

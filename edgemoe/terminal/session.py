@@ -34,6 +34,7 @@ class RunOptions:
     max_tokens: int = 256
     ctx_size: int | None = None
     threads: int | None = None
+    kv_type: str = "f16"
     sampling: dict[str, Any] | None = None
     stop: Sequence[str] = ()
     as_json: bool = False
@@ -83,6 +84,7 @@ def load_model(opened: OpenedModel, options: RunOptions, ctx_size: int) -> Model
             dense_bits=options.dense_bits,
             ctx_size=ctx_size,
             threads=options.threads,
+            kv_type=options.kv_type,
             progress=progress if shows else None,
         )
     finally:

@@ -10,6 +10,15 @@ static uint8_t *file;
 static size_t file_size;
 static int failures;
 
+/* What a replay takes is given back at its end. */
+static void *taken[2048];
+static int taken_count;
+
+static void *keep(void *p) {
+    if (!p || taken_count == (int)(sizeof taken / sizeof taken[0])) exit(2);
+    return taken[taken_count++] = p;
+}
+
 /* The bytes of a named blob, copied so that they are aligned. */
 static void *blob(const char *name, size_t *size) {
     for (size_t at = 0; at + 4 <= file_size;) {
@@ -20,8 +29,7 @@ static void *blob(const char *name, size_t *size) {
         memcpy(&bytes, file + at + 4 + length, 8);
         const uint8_t *data = file + at + 12 + length;
         if (length == strlen(name) && !memcmp(found, name, length)) {
-            void *copy = aligned_alloc(64, (bytes + 63) / 64 * 64 + 64);
-            if (!copy) exit(2);
+            void *copy = keep(aligned_alloc(64, (bytes + 63) / 64 * 64 + 64));
             memcpy(copy, data, bytes);
             if (size) *size = bytes;
             return copy;
@@ -34,12 +42,11 @@ static void *blob(const char *name, size_t *size) {
 
 static void compare(const char *name, const void *got) {
     size_t size;
-    void *want = blob(name, &size);
+    const void *want = blob(name, &size);
     if (memcmp(got, want, size)) {
         failures++;
         printf("%s: differs on %s\n", name, em_isa_current()->name);
     }
-    free(want);
 }
 
 static em_matrix matrix(const char *record, const int64_t *offsets, int matrices, int index, int level,
@@ -59,11 +66,7 @@ static em_matrix dense(const char *name, int level, int rows, int cols) {
     return matrix(name, blob(offsets, NULL), 1, 0, level, rows, cols);
 }
 
-static float *floats(size_t n) {
-    float *p = calloc(n, sizeof *p);
-    if (!p) exit(2);
-    return p;
-}
+static float *floats(size_t n) { return keep(calloc(n, sizeof(float))); }
 
 static void replay(int threads) {
     const int32_t *dims = blob("dims", NULL);
@@ -87,14 +90,12 @@ static void replay(int threads) {
     em_rope(pool, q, n, heads, d, cos, sin);
     em_rope(pool, keys, n, kv, d, cos, sin);
     compare("out.q", q);
-    float *kc = floats(rows * (size_t)(kv * d)), *vc = floats(rows * (size_t)(kv * d));
-    for (int i = 0; i < n; i++) /* [n, kv, d] -> [kv, n, d] */
-        for (int g = 0; g < kv; g++) {
-            memcpy(kc + (g * n + i) * d, keys + (i * kv + g) * d, (size_t)d * sizeof(float));
-            memcpy(vc + (g * n + i) * d, values + (i * kv + g) * d, (size_t)d * sizeof(float));
-        }
+    em_kv cache = {NULL, EM_KV_F16, kv, d, (n + EM_KV_BLOCK - 1) / EM_KV_BLOCK};
+    cache.data =
+        (uint8_t *)floats((size_t)(kv * cache.blocks) * em_kv_block_bytes(EM_KV_F16, d) / sizeof(float));
+    em_kv_write(pool, &cache, keys, values, n, 0);
     const float scale = 0.22360679774997896f; /* 20 ** -0.5 */
-    em_attention(pool, q, kc, vc, n, heads, kv, d, n, 0, 0, scale, attended);
+    em_attention(pool, q, &cache, n, heads, 0, 0, scale, NULL, attended);
     compare("out.attended", attended);
     const em_matrix *out[1] = {&wo};
     float *const to_y[1] = {y};
@@ -104,9 +105,8 @@ static void replay(int threads) {
 
     em_rmsnorm(pool, x, norm, n, h, 1e-6f, normed);
     float *logits = floats(rows * (size_t)experts), *weights = floats(rows * (size_t)k);
-    int32_t *ids = calloc(rows * (size_t)k, 4), *position = calloc(rows * (size_t)k, 4),
-            *token = calloc(rows * (size_t)k, 4);
-    if (!ids || !position || !token) exit(2);
+    int32_t *ids = keep(calloc(rows * (size_t)k, 4)), *position = keep(calloc(rows * (size_t)k, 4)),
+            *token = keep(calloc(rows * (size_t)k, 4));
     em_linear_f32(pool, normed, n, blob("router", NULL), experts, h, logits);
     em_route(logits, n, experts, k, 1, ids, weights);
     compare("out.ids", ids);
@@ -139,6 +139,7 @@ static void replay(int threads) {
     for (int i = 0; i < n * h; i++) x[i] += y[i];
     compare("out.x", x);
     em_pool_free(pool);
+    while (taken_count) free(taken[--taken_count]);
 }
 
 int main(int argc, char **argv) {
@@ -161,6 +162,7 @@ int main(int argc, char **argv) {
         for (int threads = 1; threads <= 3; threads++) replay(threads);
         printf("ran: %s\n", isa->name);
     }
+    free(file);
     printf("%d failures\n", failures);
     return failures != 0;
 }

@@ -1,0 +1,77 @@
+"""Calibration text in, a float32 pass over it out: what `mwq.convert` quantizes experts by.
+
+The pass goes layer by layer with every token of the text in it; a matrix is read when its turn
+comes, and an expert is quantized as soon as its inputs are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import chain
+
+import numpy as np
+
+from . import kernels
+from .checkpoint import Checkpoint
+from .cpu_attn.kv_cache import OnePass
+from .errors import UsageError
+from .model import Experts, Span, hidden
+from .mwq.convert import Calibrate
+from .reference_logits import bytes_per_token
+from .types import I64
+from .weights import RowBlocks, from_checkpoint
+
+WINDOW = 512
+"""Tokens of context; shorter where the model's own is."""
+
+MOST_TOKENS = 128 * 1024
+
+_MEMORY = 1 << 30
+"""Bytes that the tokens of the pass may take; a conversion stays below 2 GB with its weights."""
+
+_GROUP = 2
+"""Windows that are multiplied together."""
+
+
+def windows(ids: Sequence[int], context: int, most: int, where: str) -> list[I64]:
+    """Runs of WINDOW tokens, evenly spaced over the text, at most `most` tokens in all.
+
+    Raises:
+        UsageError: the text is shorter than one window.
+    """
+    size = min(WINDOW, context)
+    count = len(ids) // size
+    if not count:
+        raise UsageError(
+            f"{where}: {len(ids)} tokens are too few to calibrate on: give text of at least "
+            f"{size}, better {most}"
+        )
+    take = max(min(count, most // size), 1)
+    starts = np.linspace(0, count - 1, take).astype(np.int64) * size
+    return [np.array(ids[start : start + size], np.int64) for start in starts]
+
+
+def most_tokens(checkpoint: Checkpoint) -> int:
+    """Tokens that a pass over this checkpoint takes at most, by memory."""
+    return min(MOST_TOKENS, max(_MEMORY // bytes_per_token(checkpoint.config), WINDOW))
+
+
+def calibration(checkpoint: Checkpoint, text: Sequence[I64], threads: int) -> Calibrate:
+    """A pass over `text`, windows of token ids, for `mwq.convert`."""
+
+    def run(experts: Experts) -> None:
+        config = checkpoint.config
+        pool = kernels.new_pool(threads)
+        sizes = [
+            sum(map(len, text[first : first + _GROUP])) for first in range(0, len(text), _GROUP)
+        ]
+        with ExitStack() as stack:
+            workers = stack.enter_context(ThreadPoolExecutor(threads)) if threads > 1 else None
+            weights = from_checkpoint(checkpoint, RowBlocks(sizes, workers))
+            spans = [Span(OnePass(config), len(window)) for window in text]
+            tokens = np.fromiter(chain.from_iterable(text), np.int64)
+            hidden(weights, experts, pool, tokens, spans)
+
+    return run
