@@ -5,6 +5,7 @@
  * decoder first spreads the codes of 32 weights, a byte each, then scales them. The order of the
  * multiplications is part of a format: scale * sub-scale first, then times the code, then minus the
  * minimum. */
+#include "clones.h"
 #include "em_math.h"
 #include "ops_common.h"
 
@@ -12,13 +13,6 @@ enum { SUPER = 256, ROW = 32, HALF_ROW = 16, SUPER_ROWS = SUPER / ROW };
 
 /* Weights a task decodes: a multiple of every block, and small enough for the L2 cache. */
 enum { TASK_WEIGHTS = 128 * SUPER };
-
-/* ThreadSanitizer is not up yet when the loader asks which clone to take. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__SANITIZE_THREAD__)
-#define VECTOR_CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define VECTOR_CLONES
-#endif
 
 #define DECODER(name) VECTOR_CLONES static void name(const uint8_t *b, size_t blocks, float *restrict y)
 

@@ -1,17 +1,12 @@
 /* Codes chosen for all levels together, with the errors of a column fed on to the columns after it. */
 #include <string.h>
 
+#include "clones.h"
 #include "ops_common.h"
 
 /* Columns whose errors are collected before they are taken to the columns beyond: the rows of
  * `feedback` that are then read serve all rows of a task at once. */
 enum { LAZY = 64, TASK_ROWS = 8, CODES = 256 };
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define VECTOR_CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define VECTOR_CLONES
-#endif
 
 typedef struct {
     const float *w, *feedback, *s, *o, *weight;

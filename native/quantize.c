@@ -2,6 +2,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "clones.h"
 #include "ops_common.h"
 
 /* 2^127: wider groups could overflow float32 when they are decoded. */
@@ -9,12 +10,6 @@
 
 /* Of a row's exponent: the smallest normal step; its groups span at most 15 octaves above it. */
 enum { SMALLEST_EXPONENT = -126, OCTAVES = 15 };
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define VECTOR_CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define VECTOR_CLONES
-#endif
 
 typedef struct {
     float low, high; /* the group's range, zero included */
