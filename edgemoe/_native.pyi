@@ -78,7 +78,7 @@ def nest_rows(
     feedback: F32,
     s: F32,
     o: F32,
-    bits: I32,
+    levels: I32,
     weight: F32,
     reach: int,
     codes: U8,

@@ -241,13 +241,13 @@ NB_MODULE(_native, m) {
     m.def(
         "nest_rows",
         [](Pool &pool, ConstF32 w, int group, ConstF32 feedback, ConstF32 s, ConstF32 o,
-           Array<const int32_t> bits, ConstF32 weight, int reach, Array<uint8_t> codes) {
+           Array<const int32_t> levels, ConstF32 weight, int reach, Array<uint8_t> codes) {
             nb::gil_scoped_release nogil;
             check(em_nest_rows(pool.p, w.data(), dim(w, 0), dim(w, 1), group, feedback.data(), s.data(),
-                               o.data(), bits.data(), weight.data(), dim(weight, 0), reach, codes.data()));
+                               o.data(), levels.data(), weight.data(), dim(weight, 0), reach, codes.data()));
         },
         "pool"_a, "w"_a.noconvert(), "group"_a, "feedback"_a.noconvert(), "s"_a.noconvert(),
-        "o"_a.noconvert(), "bits"_a.noconvert(), "weight"_a.noconvert(), "reach"_a, "codes"_a.noconvert());
+        "o"_a.noconvert(), "levels"_a.noconvert(), "weight"_a.noconvert(), "reach"_a, "codes"_a.noconvert());
 
     m.def(
         "pack_rows",

@@ -208,12 +208,12 @@ int em_quantize_rows(em_pool *p, const float *w, int rows, int cols, int group, 
                      int count, uint8_t *codes, uint8_t *exponent, uint8_t *step, uint8_t *zero,
                      uint8_t *shift);
 /* Better codes for w [rows, cols], whose nearest ones `codes` holds: column by column the code, at most
- * `reach` from the nearest, of the smallest sum over levels l of weight[l] * (s * (code >> (8 - bits)) +
- * o - target)^2, where target is w less what the errors of the columns before make up for:
+ * `reach` from the nearest, of the smallest sum over l of weight[l] * (s * (code >> (8 - level[l])) + o -
+ * target)^2, where target is w less what is to make up for the errors of the columns before:
  * feedback [cols, cols], of which [i, i + 1 ..] is read, times their error at that level.
- * s, o [levels, rows, groups]; bits [levels, units of 32 columns]; 1 to EM_LEVELS levels. */
+ * s, o [levels, rows, groups]; level, weight [levels]; 1 to EM_LEVELS levels. */
 int em_nest_rows(em_pool *p, const float *w, int rows, int cols, int group, const float *feedback,
-                 const float *s, const float *o, const int32_t *bits, const float *weight, int levels,
+                 const float *s, const float *o, const int32_t *level, const float *weight, int levels,
                  int reach, uint8_t *codes);
 /* Codes of whole row blocks -> the bytes they add to the plane of each level (docs/FORMAT.md). */
 void em_pack_rows(em_pool *p, const uint8_t *codes, int rows, int cols, const int32_t *levels, int count,

@@ -10,8 +10,8 @@ enum { LAZY = 64, TASK_ROWS = 8, CODES = 256 };
 
 typedef struct {
     const float *w, *feedback, *s, *o, *weight;
-    const int32_t *bits; /* [levels, units] */
-    int rows, cols, group, groups, units, levels, reach;
+    const int32_t *level;
+    int rows, cols, group, groups, levels, reach;
     uint8_t *codes;
     float *scratch;
     size_t stride; /* floats of scratch a worker */
@@ -38,10 +38,10 @@ VECTOR_CLONES static int best_code(const float *value, const float *target, cons
 }
 
 /* What every code decodes to: value [levels, 256]. */
-static void tabulate(const nest_ctx *c, int row, int group, int unit, float *value) {
+static void tabulate(const nest_ctx *c, int row, int group, float *value) {
     for (int l = 0; l < c->levels; l++) {
         const size_t at = ((size_t)l * (size_t)c->rows + (size_t)row) * (size_t)c->groups + (size_t)group;
-        const int drop = 8 - c->bits[l * c->units + unit];
+        const int drop = 8 - c->level[l];
         for (int code = 0; code < CODES; code++)
             value[l * CODES + code] = c->s[at] * (float)(code >> drop) + c->o[at];
     }
@@ -64,8 +64,7 @@ static void nest_task(void *raw, int block, int worker) {
             float *mine = target + (size_t)r * levels * cols;
             uint8_t *codes = c->codes + (size_t)(row0 + r) * cols;
             for (int i = from; i < to; i++) {
-                if (i == from || i % EM_UNIT == 0 || i % c->group == 0)
-                    tabulate(c, row0 + r, i / c->group, i / EM_UNIT, value);
+                if (i == from || i % c->group == 0) tabulate(c, row0 + r, i / c->group, value);
                 float wanted[EM_LEVELS];
                 for (size_t l = 0; l < levels; l++) wanted[l] = mine[l * cols + (size_t)i];
                 const int near = codes[i];
@@ -89,24 +88,10 @@ static void nest_task(void *raw, int block, int worker) {
 }
 
 int em_nest_rows(em_pool *p, const float *w, int rows, int cols, int group, const float *feedback,
-                 const float *s, const float *o, const int32_t *bits, const float *weight, int levels,
+                 const float *s, const float *o, const int32_t *level, const float *weight, int levels,
                  int reach, uint8_t *codes) {
-    nest_ctx c = {w,
-                  feedback,
-                  s,
-                  o,
-                  weight,
-                  bits,
-                  rows,
-                  cols,
-                  group,
-                  em_ceil_div(cols, group),
-                  em_ceil_div(cols, EM_UNIT),
-                  levels,
-                  reach,
-                  codes,
-                  NULL,
-                  0};
+    const int groups = em_ceil_div(cols, group);
+    nest_ctx c = {w, feedback, s, o, weight, level, rows, cols, group, groups, levels, reach, codes, NULL, 0};
     c.stride = TASK_ROWS * (size_t)levels * ((size_t)cols + LAZY) + (size_t)levels * CODES;
     em_pool_lock(p);
     c.scratch = em_pool_scratch(p, (size_t)em_pool_threads(p) * c.stride * sizeof(float));

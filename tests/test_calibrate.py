@@ -86,6 +86,10 @@ def test_kernel_checks_its_arguments() -> None:
     ):
         with pytest.raises(KernelError):
             kernels.nest_rows(pool, *args)
+    six = QuantSpec((1, 2, 3, 4, 6, 8))
+    one = np.ones((6, 8, 1), np.float32)
+    with pytest.raises(KernelError, match="1 to 5"):
+        kernels.nest_rows(pool, w, codes, six, (one, one), by, one[:, 0, 0].copy(), 9)
 
 
 def test_without_reach_codes_stay() -> None:

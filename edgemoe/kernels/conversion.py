@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import KernelError, shown
 from ..layout import ROW_BLOCK, UNIT
-from ..types import F32, U8, NestedScales, QuantSpec
+from ..types import F32, LEVELS, U8, NestedScales, QuantSpec
 from . import dispatch
 from .dispatch import Pool, check
 
@@ -67,10 +67,10 @@ def nest_rows(
         check(name, array, np.float32, count, rows, groups)
     if not 0 <= reach <= 255:
         raise KernelError(f"reach: {reach} is not from 0 to 255")
-    bits = np.repeat(np.array(quant.levels, np.int32)[:, None], -(-cols // UNIT), axis=1)
-    dispatch.native.nest_rows(
-        pool, w, quant.group_size, feedback, *affine, bits, weight, reach, codes
-    )
+    if not 1 <= count <= len(LEVELS):
+        raise KernelError(f"levels {quant.levels}: the kernels take 1 to {len(LEVELS)}")
+    args = (feedback, *affine, np.array(quant.levels, np.int32), weight, reach, codes)
+    dispatch.native.nest_rows(pool, w, quant.group_size, *args)
 
 
 def pack_rows(pool: Pool, codes: U8, levels: Sequence[int]) -> list[U8]:

@@ -297,14 +297,14 @@ def nest_rows(
     feedback: F32,
     s: F32,
     o: F32,
-    bits: I32,
+    levels: I32,
     weight: F32,
     reach: int,
     codes: U8,
 ) -> None:
     """Better codes [rows, cols] of w for all levels together, in place: kernels.nest_rows."""
     with pool.lock:
-        out = (w, group, feedback, s, o, bits, weight, reach, codes)
+        out = (w, group, feedback, s, o, levels, weight, reach, codes)
         pool.run(conversion.nest_rows, len(w), 8 * w.size * w.shape[1], *out)
 
 

@@ -117,7 +117,7 @@ def quantize_rows(
 
 @kernel(
     *(_INT, _INT, array_in(types.float32, 2), _INT, array_in(types.float32, 2)),
-    *(array_in(types.float32, 3), array_in(types.float32, 3), array_in(types.int32, 2)),
+    *(array_in(types.float32, 3), array_in(types.float32, 3), _LEVELS),
     *(array_in(types.float32, 1), _INT, array_out(types.uint8, 2)),
 )
 def nest_rows(
@@ -128,38 +128,38 @@ def nest_rows(
     feedback: F32,
     s: F32,
     o: F32,
-    bits: I32,
+    levels: I32,
     weight: F32,
     reach: int,
     codes: U8,
 ) -> None:
     """Rows of codes, chosen for all levels together: em_nest_rows."""
-    levels, cols = len(weight), w.shape[1]
-    target, costs = np.empty((levels, cols), np.float32), np.empty(256, np.float32)
+    count, cols = len(weight), w.shape[1]
+    target, costs = np.empty((count, cols), np.float32), np.empty(256, np.float32)
     for row in range(first, last):
-        for level in range(levels):
-            target[level] = w[row]
+        for k in range(count):
+            target[k] = w[row]
         for i in range(cols):
             low = max(np.int64(codes[row, i]) - reach, 0)
             stop = min(np.int64(codes[row, i]) + reach, 255) + 1
             for code in range(low, stop):
                 costs[code] = np.float32(0)
-                for level in range(levels):
-                    drop = 8 - np.int64(bits[level, i // UNIT])
-                    value = s[level, row, i // group] * np.float32(code >> drop)
-                    d = value + o[level, row, i // group] - target[level, i]
-                    costs[code] += weight[level] * (d * d)
+                for k in range(count):
+                    drop = 8 - np.int64(levels[k])
+                    value = s[k, row, i // group] * np.float32(code >> drop)
+                    d = value + o[k, row, i // group] - target[k, i]
+                    costs[code] += weight[k] * (d * d)
             best = np.int64(codes[row, i])
             for code in range(low, stop):
                 if costs[code] < costs[best]:
                     best = code
             codes[row, i] = best
-            for level in range(levels):
-                drop = 8 - np.int64(bits[level, i // UNIT])
-                value = s[level, row, i // group] * np.float32(best >> drop)
-                e = target[level, i] - (value + o[level, row, i // group])
+            for k in range(count):
+                drop = 8 - np.int64(levels[k])
+                value = s[k, row, i // group] * np.float32(best >> drop)
+                e = target[k, i] - (value + o[k, row, i // group])
                 for j in range(i + 1, cols):
-                    target[level, j] -= e * feedback[i, j]
+                    target[k, j] -= e * feedback[i, j]
 
 
 @kernel(_INT, _INT, array_in(types.uint8, 2), _LEVELS, array_in(types.int64, 1))
