@@ -95,34 +95,3 @@ void em_kv_write(em_pool *p, const em_kv *kv, const float *k, const float *v, in
     }
     em_pool_unlock(p);
 }
-
-/* Bytes that one task of em_stream_read adds up. */
-#define STREAM_CHUNK ((size_t)1 << 18)
-
-typedef struct {
-    const uint64_t *words;
-    size_t count;
-    uint64_t sums[1024]; /* a worker each; kernels.MAX_THREADS */
-} stream_ctx;
-
-static void stream_task(void *raw, int task, int worker) {
-    stream_ctx *c = raw;
-    const size_t chunk = STREAM_CHUNK / sizeof(uint64_t), first = (size_t)task * chunk;
-    const size_t end = c->count - first < chunk ? c->count : first + chunk;
-    uint64_t sum[16] = {0};
-    size_t i = first;
-    for (; i + 16 <= end; i += 16)
-        for (size_t l = 0; l < 16; l++) sum[l] += c->words[i + l];
-    for (; i < end; i++) sum[0] += c->words[i];
-    for (size_t l = 0; l < 16; l++) c->sums[worker] += sum[l];
-}
-
-uint64_t em_stream_read(em_pool *p, const void *data, size_t bytes) {
-    stream_ctx c = {.words = data, .count = bytes / sizeof(uint64_t)};
-    em_pool_lock(p);
-    em_pool_run(p, stream_task, &c, (int)((bytes + STREAM_CHUNK - 1) / STREAM_CHUNK));
-    em_pool_unlock(p);
-    uint64_t sum = 0;
-    for (int i = 0; i < 1024; i++) sum += c.sums[i];
-    return sum;
-}
