@@ -17,9 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UsageError
-from .types import F32, I64
-
-F64 = NDArray[np.float64]
+from .types import F32, F64, I64
 
 LOGITS = 1 << 22
 """Logits that a runner gives at a time, at most: 16 MiB."""

@@ -25,7 +25,6 @@ import numpy as np
 
 from .errors import UsageError, shown
 from .evaluate import (
-    F64,
     References,
     Runner,
     Window,
@@ -35,7 +34,7 @@ from .evaluate import (
     perplexity,
     target_logits,
 )
-from .types import I64
+from .types import F64, I64
 
 Z95 = 1.959963984540054
 """Standard deviations on either side of a mean that hold 95 % of a normal distribution."""

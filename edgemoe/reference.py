@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 
 from .errors import KernelError
 from .layout import ROW_BLOCK, UNIT
-from .types import F32, I8, I32, I64, U8, NestedScales, QuantSpec
-
-F64 = NDArray[np.float64]
+from .types import F32, F64, I8, I32, I64, U8, NestedScales, QuantSpec
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..types import F32, I32, I64
-
-F64 = NDArray[np.float64]
+from ..types import F32, F64, I32, I64
 
 ExpertMatrices = tuple[F32, F32, F32]
 """gate, up [intermediate, hidden] and down [hidden, intermediate], float32."""

@@ -17,7 +17,6 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..engine import Model, OpenedModel, load, open_model
 from ..errors import MemoryBudgetError, UsageError, shown
 from ..evaluate import (
-    F64,
     LOGITS,
     Runner,
     TokenScores,
@@ -35,7 +34,7 @@ from ..multiple_choice import Task, read_lambada, read_piqa
 from ..reference_cache import ReferenceFile
 from ..reference_logits import TOP, reference
 from ..tokenizer import Tokenizer
-from ..types import F32, I64, LEVELS
+from ..types import F32, F64, I64, LEVELS
 from .evaluate_output import lines, progress, terminable
 
 TOKENIZING = 200

@@ -6,11 +6,12 @@ import numpy as np
 
 from edgemoe import kernels
 from edgemoe.checkpoint import Checkpoint
-from edgemoe.evaluate import F64, SCORED, TokenScores, rows_at_once, score
+from edgemoe.evaluate import SCORED, TokenScores, rows_at_once, score
 from edgemoe.loader import budget
 from edgemoe.reference_cache import ReferenceFile
 from edgemoe.reference_logits import float_logits, plan_float
 from edgemoe.terminal.evaluate_output import progress
+from edgemoe.types import F64
 
 from .quantizers import Experts, Requantized
 from .scored_text import ScoredText

@@ -8,8 +8,9 @@ from typing import Any
 
 from edgemoe.checkpoint import Checkpoint
 from edgemoe.errors import UsageError
-from edgemoe.evaluate import F64, Comparison, compare
+from edgemoe.evaluate import Comparison, compare
 from edgemoe.terminal.evaluate_output import progress
+from edgemoe.types import F64
 
 from . import scores
 from .float_scores import float_scores

@@ -13,11 +13,12 @@ import numpy as np
 from edgemoe import kernels
 from edgemoe.checkpoint import Checkpoint
 from edgemoe.errors import UsageError, shown
-from edgemoe.evaluate import F64, TokenScores, summarize
+from edgemoe.evaluate import TokenScores, summarize
 from edgemoe.loader import budget
 from edgemoe.reference_cache import ReferenceFile
 from edgemoe.reference_logits import reference
 from edgemoe.terminal.evaluate_output import progress
+from edgemoe.types import F64
 
 from .scored_text import ScoredText
 
