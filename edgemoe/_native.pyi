@@ -22,7 +22,14 @@ def isa() -> str: ...
 def set_isa(name: str) -> bool: ...
 def crc32c(data: U8, seed: int) -> int: ...
 def matrix(
-    segments: U64, offsets: I64, index: int, level: int, rows: int, cols: int, group_units: int
+    segments: U64,
+    offsets: I64,
+    index: int,
+    level: int,
+    ahead: int,
+    rows: int,
+    cols: int,
+    group_units: int,
 ) -> Matrix: ...
 def linear(pool: Pool, x: F32, w: Sequence[Matrix], y: Sequence[F32]) -> None: ...
 def accumulate(pool: Pool, x: F32, w: Matrix, q: I8, scale: F32, out: I32) -> None: ...
@@ -42,6 +49,7 @@ def experts(
     first_pair: I32,
     pair_token: I32,
     intermediate: int,
+    ahead: int,
     group_units: int,
     pair_out: F32,
 ) -> None: ...
@@ -74,11 +82,11 @@ def quantize_rows(
 def nest_rows(
     pool: Pool,
     w: F32,
-    group: int,
+    starts: I32,
+    bits: I32,
     feedback: F32,
     s: F32,
     o: F32,
-    levels: I32,
     weight: F32,
     reach: int,
     codes: U8,
@@ -88,6 +96,12 @@ def ggml_blocks() -> dict[str, tuple[int, int]]: ...
 def dequantize(pool: Pool, data: U8, type_name: str, out: F32) -> None: ...
 def linear_scratch(n: int, cols: int, group_units: int) -> int: ...
 def experts_scratch(
-    threads: int, n: int, pairs: int, hidden: int, intermediate: int, group_units: int
+    threads: int,
+    n: int,
+    pairs: int,
+    hidden: int,
+    intermediate: int,
+    ahead: int,
+    group_units: int,
 ) -> int: ...
 def attention_scratch(threads: int, n: int, heads: int, kv_heads: int, d: int) -> int: ...

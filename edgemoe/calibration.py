@@ -13,11 +13,12 @@ from itertools import chain
 
 import numpy as np
 
-from . import kernels
+from . import evaluate, kernels
 from .checkpoint import Checkpoint
 from .cpu_attn.kv_cache import OnePass
 from .errors import UsageError
-from .model import Experts, Span, hidden
+from .model import Span, hidden
+from .mwq.calibrate import ExpertInputs
 from .mwq.convert import Calibrate
 from .reference_logits import bytes_per_token
 from .types import I64
@@ -35,22 +36,23 @@ _GROUP = 2
 """Windows that are multiplied together."""
 
 
-def windows(ids: Sequence[int], context: int, most: int, where: str) -> list[I64]:
+def windows(ids: Sequence[int], context: int, most: int, bos: int | None, where: str) -> list[I64]:
     """Runs of WINDOW tokens, evenly spaced over the text, at most `most` tokens in all.
+
+    bos: takes the place of each one's first token, as in evaluation.
 
     Raises:
         UsageError: the text is shorter than one window.
     """
     size = min(WINDOW, context)
-    count = len(ids) // size
-    if not count:
+    if len(ids) < size:
         raise UsageError(
             f"{where}: {len(ids)} tokens are too few to calibrate on: give text of at least "
             f"{size}, better {most}"
         )
-    take = max(min(count, most // size), 1)
-    starts = np.linspace(0, count - 1, take).astype(np.int64) * size
-    return [np.array(ids[start : start + size], np.int64) for start in starts]
+    found = evaluate.windows(ids, size, size, bos)
+    take = max(min(len(found), most // size), 1)
+    return [found[i].tokens for i in np.linspace(0, len(found) - 1, take).astype(np.int64)]
 
 
 def most_tokens(checkpoint: Checkpoint) -> int:
@@ -61,7 +63,7 @@ def most_tokens(checkpoint: Checkpoint) -> int:
 def calibration(checkpoint: Checkpoint, text: Sequence[I64], threads: int) -> Calibrate:
     """A pass over `text`, windows of token ids, for `mwq.convert`."""
 
-    def run(experts: Experts) -> None:
+    def run(experts: ExpertInputs) -> None:
         config = checkpoint.config
         pool = kernels.new_pool(threads)
         sizes = [
@@ -72,6 +74,6 @@ def calibration(checkpoint: Checkpoint, text: Sequence[I64], threads: int) -> Ca
             weights = from_checkpoint(checkpoint, RowBlocks(sizes, workers))
             spans = [Span(OnePass(config), len(window)) for window in text]
             tokens = np.fromiter(chain.from_iterable(text), np.int64)
-            hidden(weights, experts, pool, tokens, spans)
+            hidden(weights, experts, pool, tokens, spans, experts.watch)
 
     return run

@@ -121,11 +121,11 @@ def _plan(
     quant = store.quant
     chunk = min(PREFILL_CHUNK, ctx_size)
     dense: list[RecordLayout] = [t.layout for t in store.tensors.values() if t.layout is not None]
-    experts = len(cfg.moe_layers) * cfg.num_experts
+    experts = list({id(x): x for x in map(store.expert_layout, cfg.moe_layers)}.values())
 
     def weights(level_index: int, dense_level_index: int) -> int:
         return (
-            experts * expert_bytes(store.expert_layout, level_index)
+            expert_bytes(store, level_index)
             + dense_bytes(store, dense_level_index)
             + float_bytes(store)
         )
@@ -133,7 +133,7 @@ def _plan(
     try:
         heads = (cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim)
         pool_scratch = kernels.scratch_bytes(
-            store.expert_layout, dense, threads, chunk, cfg.num_experts_per_tok, heads
+            experts, dense, threads, chunk, cfg.num_experts_per_tok, heads
         )
     except KernelError as exc:
         raise StoreError(f"{store.path}: {exc}; convert its checkpoint again") from None

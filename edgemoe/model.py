@@ -85,9 +85,16 @@ def forward(
 
 
 def hidden(
-    weights: Weights, experts: Experts, pool: kernels.Pool, tokens: I64, spans: Sequence[Span]
+    weights: Weights,
+    experts: Experts,
+    pool: kernels.Pool,
+    tokens: I64,
+    spans: Sequence[Span],
+    watch: Callable[[int, F32], None] | None = None,
 ) -> F32:
     """What the last layer leaves of every row of the batch: float32 [n, hidden], not yet normed.
+
+    watch: shown each layer's residual stream, float32 [n, hidden], before its feed-forward part.
 
     Raises:
         UsageError: no tokens, a span without any, or spans that do not add up to the tokens.
@@ -116,6 +123,8 @@ def hidden(
         y *= cfg.residual_multiplier
         x += y
 
+        if watch is not None:
+            watch(i, x)
         h = kernels.rmsnorm(pool, x, layer.post_norm, cfg.rms_norm_eps)
         y = _feed_forward(cfg, pool, layer, i, h, experts)
         y *= cfg.residual_multiplier

@@ -129,23 +129,31 @@ def route(logits: F32, k: int, normalize: bool) -> tuple[I32, F64]:
     return ids.astype(np.int32), weights
 
 
-def expert(x: F32, gate: CodedMatrix, up: CodedMatrix, down: CodedMatrix) -> F64:
-    """down(silu(gate x) * (up x)), the middle rounded to int8 as the kernels do: [n, hidden]."""
-    mid = silu(linear(x, gate)) * linear(x, up)
-    return linear(mid.astype(np.float32), down)
+def expert(x: F32, gate: CodedMatrix, up: CodedMatrix, *down: CodedMatrix) -> F64:
+    """down(silu(gate x) * (up x)), the middle rounded to int8 as the kernels do: [n, hidden].
+
+    Several down matrices are side by side.
+    """
+    mid, first = (silu(linear(x, gate)) * linear(x, up)).astype(np.float32), 0
+    y = np.zeros((len(x), len(down[0].codes)))
+    for part in down:
+        cols = part.codes.shape[1]
+        y += linear(mid[:, first : first + cols], part)
+        first += cols
+    return y
 
 
 def experts(
     x: F32,
-    jobs: Sequence[tuple[CodedMatrix, CodedMatrix, CodedMatrix]],
+    jobs: Sequence[tuple[CodedMatrix, ...]],
     first_pair: I32,
     pair_token: I32,
 ) -> F64:
     """Expert outputs of every (expert, token) pair: [pairs, hidden]."""
     out = np.empty((len(pair_token), x.shape[1]))
-    for j, (gate, up, down) in enumerate(jobs):
+    for j, matrices in enumerate(jobs):
         pairs = slice(first_pair[j], first_pair[j + 1])
-        out[pairs] = expert(x[pair_token[pairs]], gate, up, down)
+        out[pairs] = expert(x[pair_token[pairs]], *matrices)
     return out
 
 
@@ -183,7 +191,7 @@ def attention(
 
 
 def quantize_rows(w: F32, quant: QuantSpec) -> tuple[U8, NestedScales]:
-    """Codes [rows, cols] and scales with gains of 1; sums are exact integers, as the kernels'."""
+    """Codes [rows, cols] and scales; sums are exact integers, as the kernels'."""
     rows, cols = w.shape
     width = quant.group_size
     starts = range(0, cols, width)
@@ -219,15 +227,15 @@ def quantize_rows(w: F32, quant: QuantSpec) -> tuple[U8, NestedScales]:
             mean = (total - centre) / (part.shape[1] * cell * 16.0)  # in sixteenths of a cell
             shift[i, :, g] = np.clip(np.rint(mean) + 8, 0, 15)
     step = (octave * 16 + mantissa).astype(np.uint8)
-    gain = np.ones((len(quant.levels), rows), np.float32)
     exponents = (base + 127).astype(np.uint8)
-    return codes, NestedScales(exponents, step, zero.astype(np.uint8), gain, shift)
+    return codes, NestedScales(exponents, step, zero.astype(np.uint8), shift)
 
 
 def nest_rows(
     w: F32,
     codes: U8,
-    quant: QuantSpec,
+    starts: I32,
+    bits: I32,
     affine: tuple[F32, F32],
     feedback: F32,
     weight: F32,
@@ -235,14 +243,15 @@ def nest_rows(
 ) -> U8:
     """Codes chosen for all levels together, every row at once; the kernels' float32 operations."""
     out: U8 = codes.copy()
-    target = [w.copy() for _ in quant.levels]
+    target = [w.copy() for _ in weight]
     offsets = np.arange(-reach, reach + 1)
     for i in range(w.shape[1]):
-        s, o = (a[:, :, i // quant.group_size, None] for a in affine)
+        group = int(np.searchsorted(starts, i, "right")) - 1
+        s, o = (a[:, :, group, None] for a in affine)
         code = codes[:, i, None].astype(np.int64) + offsets
         cost = np.zeros(code.shape, np.float32)
-        for level, bits in enumerate(quant.levels):
-            d = s[level] * (code >> (8 - bits)).astype(np.float32) + o[level]
+        for level, drop in enumerate(8 - bits[:, group]):
+            d = s[level] * (code >> drop).astype(np.float32) + o[level]
             d -= target[level][:, i, None]
             cost += weight[level] * (d * d)
         cost[(code < 0) | (code > 255)] = np.inf
@@ -250,8 +259,8 @@ def nest_rows(
         kept = ~(cost.min(axis=1) < cost[:, reach])  # ties, and huge weights, whose costs are inf
         best[kept, 0] = codes[kept, i]
         out[:, i] = best[:, 0]
-        for level, bits in enumerate(quant.levels):
-            decoded = s[level] * (best >> (8 - bits)).astype(np.float32) + o[level]
+        for level, drop in enumerate(8 - bits[:, group]):
+            decoded = s[level] * (best >> drop).astype(np.float32) + o[level]
             error = target[level][:, i, None] - decoded
             target[level][:, i + 1 :] -= error * feedback[i, i + 1 :]
     return out

@@ -100,18 +100,17 @@ class NestedScales:
     """What turns the codes of one matrix (or a run of its rows) into weights, at every level.
 
     A group's step is 2^(exponent - 127) * (1 + (step mod 16) / 16) * 2^(step div 16); with
-    c = code >> (8 - b), gain and shift those of level b,
+    c = code >> (8 - b) and the shift of level b,
 
-        w = step * (2^(8-b) * (gain * (c - (2^b - 1) / 2) + (shift - 8) / 16) + 127.5 - zero)
+        w = step * (2^(8-b) * (c - (2^b - 1) / 2 + (shift - 8) / 16) + 127.5 - zero)
 
-    exponent: uint8 [rows], 1 to 239. step, zero: uint8 [rows, groups]. gain: float32 [levels,
-    rows], values that float16 holds. shift: uint8 [levels, rows, groups], 0 to 15, at 8 bits 8.
+    exponent: uint8 [rows], 1 to 239. step, zero: uint8 [rows, groups]. shift: uint8 [levels, rows,
+    groups], 0 to 15, at 8 bits 8.
     """
 
     exponent: U8
     step: U8
     zero: U8
-    gain: F32
     shift: U8
 
 

@@ -75,13 +75,13 @@ NB_MODULE(_native, m) {
 
     m.def(
         "matrix",
-        [](Array<const uint64_t> segments, Array<const int64_t> offsets, int index, int level, int rows,
-           int cols, int group_units) {
-            return em_matrix_at(segments.data(), offsets.data() + 2 * index, 2 * dim(offsets, 1), level, rows,
-                                cols, group_units);
+        [](Array<const uint64_t> segments, Array<const int64_t> offsets, int index, int level, int ahead,
+           int rows, int cols, int group_units) {
+            return em_matrix_at(segments.data(), offsets.data() + 2 * index, 2 * dim(offsets, 1), level,
+                                ahead, rows, cols, group_units);
         },
-        "segments"_a.noconvert(), "offsets"_a.noconvert(), "index"_a, "level"_a, "rows"_a, "cols"_a,
-        "group_units"_a);
+        "segments"_a.noconvert(), "offsets"_a.noconvert(), "index"_a, "level"_a, "ahead"_a, "rows"_a,
+        "cols"_a, "group_units"_a);
 
     m.def(
         "linear",
@@ -163,17 +163,26 @@ NB_MODULE(_native, m) {
         "experts",
         [](Pool &pool, ConstF32 x, Array<const uint64_t> segments, Array<const int64_t> offsets,
            Array<const int32_t> levels, Array<const int32_t> first_pair, Array<const int32_t> pair_token,
-           int intermediate, int group_units, F32 pair_out) {
-            const int hidden = dim(x, 1);
+           int intermediate, int ahead, int group_units, F32 pair_out) {
+            const int hidden = dim(x, 1), stride = 2 * dim(offsets, 1);
             std::vector<em_job> jobs(levels.shape(0));
             for (size_t j = 0; j < jobs.size(); j++) {
                 const uint64_t *at = segments.data() + j * segments.shape(1);
                 const int64_t *o = offsets.data();
                 const int level = levels.data()[j], *first = first_pair.data() + j;
-                jobs[j] = {em_matrix_at(at, o, 6, level, intermediate, hidden, group_units),
-                           em_matrix_at(at, o + 2, 6, level, intermediate, hidden, group_units),
-                           em_matrix_at(at, o + 4, 6, level, hidden, intermediate, group_units), first[0],
-                           first[1] - first[0]};
+                em_job &job = jobs[j];
+                job.gate = em_matrix_at(at, o, stride, level, 0, intermediate, hidden, group_units);
+                job.up = em_matrix_at(at, o + 2, stride, level, 0, intermediate, hidden, group_units);
+                if (ahead > 0)
+                    job.down[job.downs++] =
+                        em_matrix_at(at, o + 4, stride, level, 1, hidden, ahead, group_units);
+                if (ahead < intermediate) {
+                    const int64_t *rest = o + 4 + 2 * job.downs;
+                    job.down[job.downs++] =
+                        em_matrix_at(at, rest, stride, level, 0, hidden, intermediate - ahead, group_units);
+                }
+                job.first = first[0];
+                job.count = first[1] - first[0];
             }
             nb::gil_scoped_release nogil;
             check(em_experts(pool.p, x.data(), dim(x, 0), jobs.data(), static_cast<int>(jobs.size()),
@@ -181,7 +190,7 @@ NB_MODULE(_native, m) {
         },
         "pool"_a, "x"_a.noconvert(), "segments"_a.noconvert(), "offsets"_a.noconvert(),
         "levels"_a.noconvert(), "first_pair"_a.noconvert(), "pair_token"_a.noconvert(), "intermediate"_a,
-        "group_units"_a, "pair_out"_a.noconvert());
+        "ahead"_a, "group_units"_a, "pair_out"_a.noconvert());
 
     m.def(
         "combine",
@@ -240,14 +249,15 @@ NB_MODULE(_native, m) {
 
     m.def(
         "nest_rows",
-        [](Pool &pool, ConstF32 w, int group, ConstF32 feedback, ConstF32 s, ConstF32 o,
-           Array<const int32_t> levels, ConstF32 weight, int reach, Array<uint8_t> codes) {
+        [](Pool &pool, ConstF32 w, Array<const int32_t> starts, Array<const int32_t> bits, ConstF32 feedback,
+           ConstF32 s, ConstF32 o, ConstF32 weight, int reach, Array<uint8_t> codes) {
             nb::gil_scoped_release nogil;
-            check(em_nest_rows(pool.p, w.data(), dim(w, 0), dim(w, 1), group, feedback.data(), s.data(),
-                               o.data(), levels.data(), weight.data(), dim(weight, 0), reach, codes.data()));
+            check(em_nest_rows(pool.p, w.data(), dim(w, 0), dim(w, 1), starts.data(), dim(starts, 0) - 1,
+                               bits.data(), feedback.data(), s.data(), o.data(), weight.data(),
+                               dim(weight, 0), reach, codes.data()));
         },
-        "pool"_a, "w"_a.noconvert(), "group"_a, "feedback"_a.noconvert(), "s"_a.noconvert(),
-        "o"_a.noconvert(), "levels"_a.noconvert(), "weight"_a.noconvert(), "reach"_a, "codes"_a.noconvert());
+        "pool"_a, "w"_a.noconvert(), "starts"_a.noconvert(), "bits"_a.noconvert(), "feedback"_a.noconvert(),
+        "s"_a.noconvert(), "o"_a.noconvert(), "weight"_a.noconvert(), "reach"_a, "codes"_a.noconvert());
 
     m.def(
         "pack_rows",
@@ -284,6 +294,6 @@ NB_MODULE(_native, m) {
 
     m.def("linear_scratch", &em_linear_scratch, "n"_a, "cols"_a, "group_units"_a);
     m.def("experts_scratch", &em_experts_scratch, "threads"_a, "n"_a, "pairs"_a, "hidden"_a, "intermediate"_a,
-          "group_units"_a);
+          "ahead"_a, "group_units"_a);
     m.def("attention_scratch", &em_attention_scratch, "threads"_a, "n"_a, "heads"_a, "kv_heads"_a, "d"_a);
 }

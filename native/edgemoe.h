@@ -7,8 +7,7 @@
  *     as a tree: i with i+8, i with i+4, i with i+2, 0 with 1;
  *   - quantized products: for each group, t = sum over its 32-column units (ascending) of
  *     x_scale * float(integer dot); y = (y + s * t) + o * X with X = sum of x_scale * sum(q),
- *     s = step * G, o = step * (((127.5 - G * (2^b - 1) / 2) - zero) + (shift - 8) * 2^(4 - b)),
- *     G = gain * 2^(8 - b);
+ *     s = step * C, o = step * (((C - 1) / 2 - zero) + (shift - 8) * C / 16), C = 2^(8 - b);
  *   - attention: see em_attention.
  * Functions return 0, or a negative em_status.
  */
@@ -31,11 +30,10 @@ enum { EM_KV_BLOCK = 64, EM_KV_PANEL = 16, EM_KV_SPLIT = 256 };
 
 enum em_status { EM_OK = 0, EM_NO_MEMORY = -1, EM_BAD_WEIGHTS = -2 };
 
-/* A [rows, cols] matrix read at levels[level]: one plane pointer a segment, the gains of the last
- * segment in use, and the exponents and steps of the first. */
+/* A [rows, cols] matrix read at levels[level]: the plane of each step up to it, the shifts of the last,
+ * and the exponents and steps of the first. */
 typedef struct {
     const uint8_t *plane[EM_LEVELS];
-    const uint8_t *gain;     /* float16 [row_blocks * 8] */
     const uint8_t *exponent; /* [row_blocks * 8] */
     const uint8_t *step;     /* [row_blocks, groups, 2, 8]: steps, then zeros */
     const uint8_t *shift;    /* [row_blocks, groups, 4]: 4 bits a row; NULL at 8 bits */
@@ -47,10 +45,11 @@ typedef struct {
     int groups;
 } em_matrix;
 
-/* Matrix of a record whose segments 0 .. level lie at these addresses; offsets + s * stride is where
- * in segment s its scale block and its plane begin. */
-em_matrix em_matrix_at(const uint64_t *segments, const int64_t *offsets, int stride, int level, int rows,
-                       int cols, int group_units);
+/* Matrix of a record that is read at `level`, so that its segments 0 .. level lie at these addresses. The
+ * matrix is `ahead` levels (0 or 1) above; step k of it lies in segment k - ahead, the first two in segment
+ * 0, where offsets + k * stride says: its scale block and its plane. */
+em_matrix em_matrix_at(const uint64_t *segments, const int64_t *offsets, int stride, int level, int ahead,
+                       int rows, int cols, int group_units);
 
 /* Code bits at a level. */
 static inline int em_level_bits(int level) {
@@ -153,9 +152,11 @@ void em_rope(em_pool *p, float *x, int n, int heads, int d, const float *cos, co
 /* Softmax over experts, the k largest (ties: lower index first), in falling order. */
 void em_route(const float *logits, int n, int experts, int k, int normalize, int32_t *ids, float *weights);
 
-/* One expert at one level with the (token) pairs it serves. */
+/* One expert at one level with the (token) pairs it serves. Its down matrix is one, or two side by side
+ * of which the first ends with a whole unit; products of the two are added, the first one's first. */
 typedef struct {
-    em_matrix gate, up, down;
+    em_matrix gate, up, down[2];
+    int downs;
     int first, count; /* its pairs are first .. first + count - 1 */
 } em_job;
 
@@ -208,13 +209,14 @@ int em_quantize_rows(em_pool *p, const float *w, int rows, int cols, int group, 
                      int count, uint8_t *codes, uint8_t *exponent, uint8_t *step, uint8_t *zero,
                      uint8_t *shift);
 /* Better codes for w [rows, cols], whose nearest ones `codes` holds: column by column the code, at most
- * `reach` from the nearest, of the smallest sum over l of weight[l] * (s * (code >> (8 - level[l])) + o -
+ * `reach` from the nearest, of the smallest sum over levels l of weight[l] * (s * (code >> (8 - bits)) + o -
  * target)^2, where target is w less what is to make up for the errors of the columns before:
  * feedback [cols, cols], of which [i, i + 1 ..] is read, times their error at that level.
- * s, o [levels, rows, groups]; level, weight [levels]; 1 to EM_LEVELS levels. */
-int em_nest_rows(em_pool *p, const float *w, int rows, int cols, int group, const float *feedback,
-                 const float *s, const float *o, const int32_t *level, const float *weight, int levels,
-                 int reach, uint8_t *codes);
+ * Group g is the columns starts[g] .. starts[g + 1] - 1; bits [levels, groups], 1 to 8, are what a group is
+ * read at; s, o [levels, rows, groups]; weight [levels]; 1 to EM_LEVELS levels. */
+int em_nest_rows(em_pool *p, const float *w, int rows, int cols, const int32_t *starts, int groups,
+                 const int32_t *bits, const float *feedback, const float *s, const float *o,
+                 const float *weight, int levels, int reach, uint8_t *codes);
 /* Codes of whole row blocks -> the bytes they add to the plane of each level (docs/FORMAT.md). */
 void em_pack_rows(em_pool *p, const uint8_t *codes, int rows, int cols, const int32_t *levels, int count,
                   uint8_t *const *planes);
@@ -235,7 +237,8 @@ void em_dequantize(em_pool *p, const em_ggml_type *type, const uint8_t *data, si
 
 /* Bytes of pool scratch the operations above need. */
 size_t em_linear_scratch(int n, int cols, int group_units);
-size_t em_experts_scratch(int threads, int n, int pairs, int hidden, int intermediate, int group_units);
+size_t em_experts_scratch(int threads, int n, int pairs, int hidden, int intermediate, int ahead,
+                          int group_units); /* ahead: columns of the first of two down matrices, or 0 */
 size_t em_attention_scratch(int threads, int n, int heads, int kv_heads, int d); /* of up to n tokens */
 
 #ifdef __cplusplus

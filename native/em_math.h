@@ -92,15 +92,11 @@ static inline float em_step(uint8_t exponent, uint8_t step) {
     return out;
 }
 
-/* The gain of a row at the level of `bits`, as a factor of the step. */
-static inline float em_row_gain(const uint8_t *half, int bits) {
-    uint16_t h;
-    memcpy(&h, half, sizeof h);
-    return em_half_to_float(h) * (float)(1 << (8 - bits));
-}
+/* 8-bit codes that share a code of `bits`: a cell. */
+static inline float em_cell(int bits) { return (float)(1 << (8 - bits)); }
 
-/* The mean code of a level: (2^bits - 1) / 2. */
-static inline float em_mean_code(int bits) { return (float)((1 << bits) - 1) * 0.5f; }
+/* The mean of the first cell's. */
+static inline float em_first_centre(int bits) { return (em_cell(bits) - 1.0f) * 0.5f; }
 
 /* What a shift of 4 bits adds, in steps; none at 8 bits. */
 static inline float em_shift(const uint8_t *shifts, int row, int bits) {

@@ -7,9 +7,9 @@ typedef struct {
     int job_count;
     const int *first_task; /* [job_count + 1] of the phase that runs */
     const int32_t *pair_token;
-    em_acts in, mid;
-    float *h;    /* [pairs, intermediate] */
-    float *temp; /* [threads, TOKEN_TILE, CHUNK_ROWS] */
+    em_acts in, mid[2]; /* mid: what each of the down matrices reads */
+    float *h;           /* [pairs, intermediate] */
+    float *temp;        /* [threads, TOKEN_TILE, CHUNK_ROWS] */
     int intermediate, hidden;
     float *out;
 } experts_ctx;
@@ -65,39 +65,55 @@ static void gate_up_task(void *raw, int task, int worker) {
 }
 
 static void down_task(void *raw, int task, int worker) {
-    (void)worker;
     const experts_ctx *c = raw;
     const part p = locate(c, task, c->hidden);
-    em_acts mid = c->mid;
-    mid.q += (size_t)p.first * (size_t)mid.units * EM_UNIT;
-    mid.scale += (size_t)p.first * (size_t)mid.units;
-    mid.gx += (size_t)p.first * (size_t)mid.groups;
-    c->isa->matmul(&p.job->down, p.rb0, p.rb1, &mid, NULL, p.count,
-                   c->out + (size_t)p.first * (size_t)c->hidden + (size_t)p.rb0 * EM_ROW_BLOCK,
-                   (size_t)c->hidden);
+    const int row = p.rb0 * EM_ROW_BLOCK;
+    const int rows = c->hidden - row < CHUNK_ROWS ? c->hidden - row : CHUNK_ROWS;
+    const size_t ld = (size_t)c->hidden;
+    float *out = c->out + (size_t)p.first * ld + row;
+    float *more = c->temp + (size_t)worker * TOKEN_TILE * CHUNK_ROWS;
+    for (int d = 0; d < p.job->downs; d++) {
+        em_acts mid = c->mid[d];
+        mid.q += (size_t)p.first * (size_t)mid.units * EM_UNIT;
+        mid.scale += (size_t)p.first * (size_t)mid.units;
+        mid.gx += (size_t)p.first * (size_t)mid.groups;
+        if (d == 0) {
+            c->isa->matmul(&p.job->down[0], p.rb0, p.rb1, &mid, NULL, p.count, out, ld);
+            continue;
+        }
+        c->isa->matmul(&p.job->down[d], p.rb0, p.rb1, &mid, NULL, p.count, more, CHUNK_ROWS);
+        for (int i = 0; i < p.count; i++)
+            for (int r = 0; r < rows; r++) out[(size_t)i * ld + (size_t)r] += more[i * CHUNK_ROWS + r];
+    }
+}
+
+static size_t acts_bytes(int n, int cols, int group_units) {
+    const int units = em_ceil_div(cols, EM_UNIT);
+    return em_acts_bytes(n, units, em_ceil_div(units, group_units));
 }
 
 static size_t experts_scratch(int threads, int n, int pairs, int jobs, int hidden, int intermediate,
-                              int group_units) {
-    const int hu = em_ceil_div(hidden, EM_UNIT), iu = em_ceil_div(intermediate, EM_UNIT);
-    return em_acts_bytes(n, hu, em_ceil_div(hu, group_units)) +
-           em_acts_bytes(pairs, iu, em_ceil_div(iu, group_units)) +
+                              int ahead, int group_units) {
+    return acts_bytes(n, hidden, group_units) + acts_bytes(pairs, ahead, group_units) +
+           acts_bytes(pairs, intermediate - ahead, group_units) +
            em_padded((size_t)pairs * (size_t)intermediate * sizeof(float)) +
            em_padded((size_t)threads * TOKEN_TILE * CHUNK_ROWS * sizeof(float)) +
            em_padded(((size_t)jobs + 1) * sizeof(int));
 }
 
-size_t em_experts_scratch(int threads, int n, int pairs, int hidden, int intermediate, int group_units) {
-    return experts_scratch(threads, n, pairs, pairs, hidden, intermediate, group_units);
+size_t em_experts_scratch(int threads, int n, int pairs, int hidden, int intermediate, int ahead,
+                          int group_units) {
+    return experts_scratch(threads, n, pairs, pairs, hidden, intermediate, ahead, group_units);
 }
 
 int em_experts(em_pool *p, const float *x, int n, const em_job *jobs, int job_count,
                const int32_t *pair_token, int pairs, float *pair_out) {
     if (job_count == 0) return EM_OK;
-    const em_matrix *up = &jobs[0].up, *down = &jobs[0].down;
+    const em_matrix *up = &jobs[0].up, *down = jobs[0].down;
+    const int downs = jobs[0].downs, ahead = downs > 1 ? down[0].cols : 0;
     em_pool_lock(p);
-    em_carver c = {em_pool_scratch(
-        p, experts_scratch(em_pool_threads(p), n, pairs, job_count, up->cols, up->rows, up->group_units))};
+    em_carver c = {em_pool_scratch(p, experts_scratch(em_pool_threads(p), n, pairs, job_count, up->cols,
+                                                      up->rows, ahead, up->group_units))};
     if (!c.at) {
         em_pool_unlock(p);
         return EM_NO_MEMORY;
@@ -110,14 +126,16 @@ int em_experts(em_pool *p, const float *x, int n, const em_job *jobs, int job_co
                        .hidden = up->cols,
                        .out = pair_out};
     ctx.in = em_carve_acts(&c, n, up->units, up->groups, up->group_units);
-    ctx.mid = em_carve_acts(&c, pairs, down->units, down->groups, down->group_units);
+    for (int d = 0; d < downs; d++)
+        ctx.mid[d] = em_carve_acts(&c, pairs, down[d].units, down[d].groups, down[d].group_units);
     ctx.h = em_carve(&c, (size_t)pairs * (size_t)ctx.intermediate * sizeof(float));
     ctx.temp = em_carve(&c, (size_t)em_pool_threads(p) * TOKEN_TILE * CHUNK_ROWS * sizeof(float));
     int *first_task = em_carve(&c, ((size_t)job_count + 1) * sizeof(int));
     ctx.first_task = first_task;
-    em_quantize_all(p, ctx.isa, x, n, ctx.hidden, ctx.in);
+    em_quantize_all(p, ctx.isa, x, n, ctx.hidden, ctx.hidden, ctx.in);
     em_pool_run(p, gate_up_task, &ctx, plan_tasks(jobs, job_count, ctx.intermediate, first_task));
-    em_quantize_all(p, ctx.isa, ctx.h, pairs, ctx.intermediate, ctx.mid);
+    for (int d = 0; d < downs; d++)
+        em_quantize_all(p, ctx.isa, ctx.h + d * ahead, pairs, down[d].cols, ctx.intermediate, ctx.mid[d]);
     em_pool_run(p, down_task, &ctx, plan_tasks(jobs, job_count, ctx.hidden, first_task));
     em_pool_unlock(p);
     return EM_OK;

@@ -87,9 +87,8 @@ INLINE void matmul_level(const em_matrix *w, int level, int rb0, int rb1, const 
         for (int rb = rb0; rb < rb1; rb++) {
             const size_t row0 = (size_t)rb * EM_ROW_BLOCK;
             const i8x exponent = i8x_bytes(w->exponent + row0);
-            const f8 gain = f8_mul(f8_halves(w->gain + 2 * row0), f8_set1((float)(1 << (8 - bits))));
-            const f8 sixteenth = f8_set1((float)(1 << (8 - bits)) * 0.0625f);
-            const f8 middle = f8_sub(f8_set1(127.5f), f8_mul(gain, f8_set1(em_mean_code(bits))));
+            const f8 cell = f8_set1(em_cell(bits)), sixteenth = f8_set1(em_cell(bits) * 0.0625f);
+            const f8 centre = f8_set1(em_first_centre(bits));
             f8 y[TILE];
             for (int i = 0; i < tile; i++) y[i] = f8_zero();
             for (int g = 0; g < w->groups; g++) {
@@ -97,8 +96,8 @@ INLINE void matmul_level(const em_matrix *w, int level, int rb0, int rb1, const 
                 const int u1 = u0 + w->group_units < w->units ? u0 + w->group_units : w->units;
                 const uint8_t *steps = w->step + (row0 * (size_t)w->groups + (size_t)g * EM_ROW_BLOCK) * 2;
                 const f8 step = f8_steps(exponent, i8x_bytes(steps));
-                const f8 s = f8_mul(step, gain);
-                f8 from = f8_sub(middle, f8_ints(i8x_bytes(steps + EM_ROW_BLOCK)));
+                const f8 s = f8_mul(step, cell);
+                f8 from = f8_sub(centre, f8_ints(i8x_bytes(steps + EM_ROW_BLOCK)));
                 if (level < EM_LEVELS - 1) {
                     const uint8_t *shifts = w->shift + ((size_t)rb * (size_t)w->groups + (size_t)g) * 4;
                     from = f8_add(from, f8_mul(f8_ints(i8x_nibbles(shifts)), sixteenth));

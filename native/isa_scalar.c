@@ -73,11 +73,9 @@ static void group_scales(const em_matrix *w, int rb, int g, float s[EM_ROW_BLOCK
     const uint8_t *steps = w->step + (row * (size_t)w->groups + (size_t)g * EM_ROW_BLOCK) * 2;
     const uint8_t *shifts = w->shift ? w->shift + ((size_t)rb * (size_t)w->groups + (size_t)g) * 4 : NULL;
     for (int r = 0; r < EM_ROW_BLOCK; r++) {
-        const float gain = em_row_gain(w->gain + 2 * (row + (size_t)r), bits);
         const float step = em_step(w->exponent[row + (size_t)r], steps[r]);
-        s[r] = step * gain;
-        const float middle = (127.5f - gain * em_mean_code(bits)) - (float)steps[EM_ROW_BLOCK + r];
-        o[r] = step * (middle + em_shift(shifts, r, bits));
+        s[r] = step * em_cell(bits);
+        o[r] = step * ((em_first_centre(bits) - (float)steps[EM_ROW_BLOCK + r]) + em_shift(shifts, r, bits));
     }
 }
 

@@ -10,8 +10,8 @@ enum { LAZY = 64, TASK_ROWS = 8, CODES = 256 };
 
 typedef struct {
     const float *w, *feedback, *s, *o, *weight;
-    const int32_t *level;
-    int rows, cols, group, groups, levels, reach;
+    const int32_t *starts, *bits;
+    int rows, cols, groups, levels, reach;
     uint8_t *codes;
     float *scratch;
     size_t stride; /* floats of scratch a worker */
@@ -41,7 +41,7 @@ VECTOR_CLONES static int best_code(const float *value, const float *target, cons
 static void tabulate(const nest_ctx *c, int row, int group, float *value) {
     for (int l = 0; l < c->levels; l++) {
         const size_t at = ((size_t)l * (size_t)c->rows + (size_t)row) * (size_t)c->groups + (size_t)group;
-        const int drop = 8 - c->level[l];
+        const int drop = 8 - c->bits[l * c->groups + group];
         for (int code = 0; code < CODES; code++)
             value[l * CODES + code] = c->s[at] * (float)(code >> drop) + c->o[at];
     }
@@ -54,17 +54,21 @@ static void nest_task(void *raw, int block, int worker) {
     float *target = c->scratch + (size_t)worker * c->stride; /* [rows, levels, cols] */
     float *error = target + TASK_ROWS * levels * cols;       /* [rows, levels, LAZY] */
     float *value = error + TASK_ROWS * levels * LAZY;        /* [levels, 256] */
+    int first_group = 0;                                     /* of the columns at hand */
     for (int r = 0; r < rows; r++)
         for (size_t l = 0; l < levels; l++)
             memcpy(target + ((size_t)r * levels + l) * cols, c->w + (size_t)(row0 + r) * cols,
                    cols * sizeof(float));
     for (int from = 0; from < c->cols; from += LAZY) {
         const int to = c->cols - from < LAZY ? c->cols : from + LAZY;
+        while (c->starts[first_group + 1] <= from) first_group++;
         for (int r = 0; r < rows; r++) {
             float *mine = target + (size_t)r * levels * cols;
             uint8_t *codes = c->codes + (size_t)(row0 + r) * cols;
+            int group = first_group;
             for (int i = from; i < to; i++) {
-                if (i == from || i % c->group == 0) tabulate(c, row0 + r, i / c->group, value);
+                if (i == c->starts[group + 1]) group++;
+                if (i == from || i == c->starts[group]) tabulate(c, row0 + r, group, value);
                 float wanted[EM_LEVELS];
                 for (size_t l = 0; l < levels; l++) wanted[l] = mine[l * cols + (size_t)i];
                 const int near = codes[i];
@@ -87,11 +91,10 @@ static void nest_task(void *raw, int block, int worker) {
     }
 }
 
-int em_nest_rows(em_pool *p, const float *w, int rows, int cols, int group, const float *feedback,
-                 const float *s, const float *o, const int32_t *level, const float *weight, int levels,
-                 int reach, uint8_t *codes) {
-    const int groups = em_ceil_div(cols, group);
-    nest_ctx c = {w, feedback, s, o, weight, level, rows, cols, group, groups, levels, reach, codes, NULL, 0};
+int em_nest_rows(em_pool *p, const float *w, int rows, int cols, const int32_t *starts, int groups,
+                 const int32_t *bits, const float *feedback, const float *s, const float *o,
+                 const float *weight, int levels, int reach, uint8_t *codes) {
+    nest_ctx c = {w, feedback, s, o, weight, starts, bits, rows, cols, groups, levels, reach, codes, NULL, 0};
     c.stride = TASK_ROWS * (size_t)levels * ((size_t)cols + LAZY) + (size_t)levels * CODES;
     em_pool_lock(p);
     c.scratch = em_pool_scratch(p, (size_t)em_pool_threads(p) * c.stride * sizeof(float));

@@ -6,22 +6,25 @@
 #include "em_math.h"
 #include "ops_common.h"
 
-em_matrix em_matrix_at(const uint64_t *segments, const int64_t *offsets, int stride, int level, int rows,
-                       int cols, int group_units) {
-    em_matrix w = {.level = level, .rows = rows, .cols = cols, .group_units = group_units};
+em_matrix em_matrix_at(const uint64_t *segments, const int64_t *offsets, int stride, int level, int ahead,
+                       int rows, int cols, int group_units) {
+    em_matrix w = {.rows = rows, .cols = cols, .group_units = group_units};
+    w.level = level + ahead < EM_LEVELS ? level + ahead : EM_LEVELS - 1;
     w.units = em_ceil_div(cols, EM_UNIT);
     w.groups = em_ceil_div(w.units, group_units);
-    for (int s = 0; s <= level; s++)
-        w.plane[s] = (const uint8_t *)(uintptr_t)segments[s] + offsets[s * stride + 1];
+    const uint8_t *scales = NULL; /* of the last step */
+    for (int step = 0; step <= w.level; step++) {
+        const uint8_t *segment = (const uint8_t *)(uintptr_t)segments[step > ahead ? step - ahead : 0];
+        scales = segment + offsets[step * stride];
+        w.plane[step] = segment + offsets[step * stride + 1];
+    }
     const size_t padded_rows = (size_t)em_ceil_div(rows, EM_ROW_BLOCK) * EM_ROW_BLOCK;
-    w.gain = (const uint8_t *)(uintptr_t)segments[level] + offsets[level * stride];
-    w.exponent = (const uint8_t *)(uintptr_t)segments[0] + offsets[0] + em_padded(2 * padded_rows);
+    w.exponent = (const uint8_t *)(uintptr_t)segments[0] + offsets[0];
     w.step = w.exponent + em_padded(padded_rows);
-    const size_t groups = padded_rows * (size_t)w.groups;
-    if (level == 0) {
-        w.shift = w.step + em_padded(2 * groups);
-    } else if (level < EM_LEVELS - 1) {
-        w.shift = w.gain + em_padded(2 * padded_rows);
+    if (w.level == 0) {
+        w.shift = w.step + em_padded(2 * padded_rows * (size_t)w.groups);
+    } else if (w.level < EM_LEVELS - 1) {
+        w.shift = scales;
     }
     return w;
 }
@@ -29,18 +32,18 @@ em_matrix em_matrix_at(const uint64_t *segments, const int64_t *offsets, int str
 typedef struct {
     const em_isa *isa;
     const float *x;
-    int cols;
+    int cols, ld;
     em_acts acts;
 } quantize_ctx;
 
 static void quantize_task(void *raw, int task, int worker) {
     (void)worker;
     const quantize_ctx *c = raw;
-    c->isa->quantize(c->x + (size_t)task * (size_t)c->cols, c->cols, &c->acts, task);
+    c->isa->quantize(c->x + (size_t)task * (size_t)c->ld, c->cols, &c->acts, task);
 }
 
-void em_quantize_all(em_pool *p, const em_isa *isa, const float *x, int n, int cols, em_acts acts) {
-    quantize_ctx c = {isa, x, cols, acts};
+void em_quantize_all(em_pool *p, const em_isa *isa, const float *x, int n, int cols, int ld, em_acts acts) {
+    quantize_ctx c = {isa, x, cols, ld, acts};
     if (n == 1) {
         quantize_task(&c, 0, 0);
     } else {
@@ -99,7 +102,7 @@ int em_linear(em_pool *p, const float *x, int n, const em_matrix *const *w, floa
         return EM_NO_MEMORY;
     }
     const em_acts acts = em_carve_acts(&c, n, w[0]->units, w[0]->groups, w[0]->group_units);
-    em_quantize_all(p, isa, x, n, w[0]->cols, acts);
+    em_quantize_all(p, isa, x, n, w[0]->cols, w[0]->cols, acts);
     linear_ctx ctx = {isa, acts, n, w, y, count, em_ceil_div(n, TOKEN_TILE)};
     int chunks = 0;
     for (int m = 0; m < count; m++)
@@ -119,7 +122,7 @@ int em_accumulate(em_pool *p, const float *x, int n, const em_matrix *w, int8_t 
         return EM_NO_MEMORY;
     }
     const em_acts acts = em_carve_acts(&c, n, w->units, w->groups, w->group_units);
-    em_quantize_all(p, isa, x, n, w->cols, acts);
+    em_quantize_all(p, isa, x, n, w->cols, w->cols, acts);
     isa->accumulate(w, 0, em_ceil_div(w->rows, EM_ROW_BLOCK), &acts, n, out);
     memcpy(q, acts.q, (size_t)n * (size_t)acts.units * EM_UNIT);
     memcpy(scale, acts.scale, (size_t)n * (size_t)acts.units * sizeof(float));
@@ -162,8 +165,6 @@ void em_decode_rows(const em_matrix *w, const int64_t *ids, int n, float *out) {
         const size_t rb = (size_t)(ids[i] / EM_ROW_BLOCK);
         const int r = (int)(ids[i] % EM_ROW_BLOCK);
         const uint8_t exponent = w->exponent[ids[i]];
-        const float gain = em_row_gain(w->gain + 2 * ids[i], bits);
-        const float middle = 127.5f - gain * em_mean_code(bits);
         for (int c = 0; c < w->cols; c++) {
             const int u = c / EM_UNIT, t = c % EM_UNIT / 4, j = c % 4;
             const size_t at = rb * (size_t)w->units + (size_t)u;
@@ -178,8 +179,8 @@ void em_decode_rows(const em_matrix *w, const int64_t *ids, int n, float *out) {
             const uint8_t *shifts = w->shift ? w->shift + group * EM_ROW_BLOCK / 2 : NULL;
             const float step = em_step(exponent, steps[r]);
             out[(size_t)i * (size_t)w->cols + (size_t)c] =
-                step * gain * (float)code +
-                step * ((middle - (float)steps[EM_ROW_BLOCK + r]) + em_shift(shifts, r, bits));
+                step * em_cell(bits) * (float)code +
+                step * ((em_first_centre(bits) - (float)steps[EM_ROW_BLOCK + r]) + em_shift(shifts, r, bits));
         }
     }
 }

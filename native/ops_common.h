@@ -40,7 +40,7 @@ static inline em_acts em_carve_acts(em_carver *c, int n, int units, int groups, 
     return a;
 }
 
-/* Quantizes x [n, cols] into acts, a row a task. */
-void em_quantize_all(em_pool *p, const em_isa *isa, const float *x, int n, int cols, em_acts acts);
+/* Quantizes x [n, cols], whose rows are ld apart, into acts, a row a task. */
+void em_quantize_all(em_pool *p, const em_isa *isa, const float *x, int n, int cols, int ld, em_acts acts);
 
 #endif

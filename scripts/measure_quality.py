@@ -4,9 +4,9 @@
     M=../shared/models/stories-moe  T=../shared/corpus/heldout/tinystories_heldout.txt
     C=../shared/corpus/train_simple.txt
     scripts/measure_quality.py llamacpp $M --bin llama/bin --calibration $C --text $T --work q
-    scripts/measure_quality.py levels $M --text $T --work q
+    scripts/measure_quality.py levels $M --calibration $C --text $T --work q
     scripts/measure_quality.py verdict q/levels.json q/llamacpp.json --plot quality.svg
-    scripts/measure_quality.py nested $M --text $T --work q --dedicated minmax
+    scripts/measure_quality.py nested $M --calibration $C --text $T --work q
     scripts/measure_quality.py ratio a.npz b.npz
     scripts/measure_quality.py d2moe $M --calibration $C --text $T --work q
 
@@ -21,26 +21,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# The float32 passes have threads of their own: BLAS's beside them made one four times as slow.
-for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
+from quality import baseline, levels, llamacpp, plot, ratio, tables, verdict
+from quality.d2moe import DAMP
+from quality.scored_text import ScoredText, prepare
+from quality.stores import CalibrationText, converted
+from quality.work import Work
 
-from quality import baseline, levels, llamacpp, plot, ratio, tables, verdict  # noqa: E402
-from quality.d2moe import DAMP  # noqa: E402
-from quality.scored_text import ScoredText, prepare  # noqa: E402
-from quality.work import Work  # noqa: E402
-
-from edgemoe import kernels  # noqa: E402
-from edgemoe.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from edgemoe.errors import EdgeMoEError, UsageError, shown  # noqa: E402
-from edgemoe.terminal.evaluate_output import terminable  # noqa: E402
-from edgemoe.types import LEVELS  # noqa: E402
+from edgemoe import kernels
+from edgemoe.checkpoint import Checkpoint, open_checkpoint
+from edgemoe.errors import EdgeMoEError, UsageError, shown
+from edgemoe.terminal.evaluate_output import terminable
+from edgemoe.types import LEVELS
 
 Result = dict[str, Any]
 
@@ -54,11 +50,12 @@ def parser() -> argparse.ArgumentParser:
 
     add = _measuring(commands, "llamacpp", run_llamacpp, "what llama.cpp's types lose")
     add("--bin", type=Path, required=True, metavar="DIR", help="llama.cpp's programs")
-    _calibration(add, 2_000_000, "for the importance matrix")
+    _calibration(add, "for the importance matrix")
     add("--types", default=",".join(llamacpp.TYPES), metavar="A,B", help="types to make")
     add("--threads", type=int, default=kernels.default_threads(), metavar="N")
 
     add = _measuring(commands, "levels", run_levels, "what each level of a store loses")
+    _calibration(add, "to convert with; nearest codes if not given", required=False)
     _store(add)
     add("--levels", type=_levels, default=(), metavar="2,3", help="all the store has if not given")
 
@@ -68,16 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add("--plot", type=Path, metavar="FILE.svg", help="draw divergence against bits")
 
     add = _measuring(commands, "nested", run_nested, "nested levels against each quantized alone")
-    kinds = (
-        "nearest, minmax, package.module:function (quality/quantizers.py: Quantizer), or a store"
-    )
-    add("--nested", default="nearest", metavar="HOW", help=f"{kinds} (nearest)")
-    add(
-        "--dedicated",
-        default="nearest",
-        metavar="HOW",
-        help="the same, one level at a time; in a store's name {level} is filled in (nearest)",
-    )
+    _calibration(add, "to convert with")
     add("--levels", type=_levels, default=LEVELS, metavar="2,3", help="2,3,4,6,8 if not given")
 
     add = _command(commands, "ratio", run_ratio, "ratio of two saved sets of divergences, paired")
@@ -85,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     add("second", type=Path, metavar="B.npz", help="of the same text")
 
     add = _measuring(commands, "d2moe", run_d2moe, "D2MoE's quantization beside a store's")
-    _calibration(add, 400_000, "for the Hessians")
+    _calibration(add, "for the Hessians, and to convert with")
     _store(add)
     add("--damp", type=float, default=DAMP, metavar="X", help=f"of the Hessians' diagonal ({DAMP})")
     return p
@@ -112,9 +100,17 @@ def _measuring(commands: Any, name: str, run: Callable[..., Result], what: str) 
     return add
 
 
-def _calibration(add: _Add, size: int, use: str) -> None:
-    add("--calibration", type=Path, required=True, metavar="FILE", help=f"text {use}")
+def _calibration(add: _Add, use: str, required: bool = True) -> None:
+    add("--calibration", type=Path, required=required, metavar="FILE", help=f"text {use}")
+    size = 2_000_000
     add("--calibration-bytes", type=int, default=size, metavar="N", help=f"of it ({size})")
+
+
+def calibration(args: argparse.Namespace) -> CalibrationText | None:
+    """The text to calibrate on, if there is one."""
+    if args.calibration is None:
+        return None
+    return CalibrationText(args.calibration, args.calibration_bytes)
 
 
 def _store(add: _Add) -> None:
@@ -154,7 +150,7 @@ def run_llamacpp(args: argparse.Namespace) -> Result:
 
 def run_levels(args: argparse.Namespace) -> Result:
     checkpoint, work, text = opened(args)
-    store = args.store or levels.converted(checkpoint, work)
+    store = args.store or converted(checkpoint, work, calibration(args))
     found = levels.measure(checkpoint, store, text, work, args.levels)
     print(tables.losses(found, "level"))
     return finished(work, "levels", text, {"store": str(store), "levels": found})
@@ -185,10 +181,10 @@ def _read(path: Path, command: str) -> Result:
 
 def run_nested(args: argparse.Namespace) -> Result:
     checkpoint, work, text = opened(args)
-    found = ratio.measure(checkpoint, args.nested, args.dedicated, args.levels, text, work)
+    source = CalibrationText(args.calibration, args.calibration_bytes)
+    found = ratio.measure(checkpoint, source, args.levels, text, work)
     print(tables.ratios(found))
-    sides = {"nested": args.nested, "dedicated": args.dedicated}
-    return finished(work, "nested", text, sides | {"levels": found})
+    return finished(work, "nested", text, {"levels": found})
 
 
 def run_ratio(args: argparse.Namespace) -> Result:
@@ -198,9 +194,9 @@ def run_ratio(args: argparse.Namespace) -> Result:
 
 def run_d2moe(args: argparse.Namespace) -> Result:
     checkpoint, work, text = opened(args)
-    store = args.store or levels.converted(checkpoint, work)
-    size = args.calibration_bytes
-    known = baseline.calibrate(checkpoint, args.calibration, size, args.ctx, work)
+    store = args.store or converted(checkpoint, work, calibration(args))
+    source = CalibrationText(args.calibration, args.calibration_bytes)
+    known = baseline.calibrate(checkpoint, source, args.ctx, work)
     found = baseline.measure(checkpoint, store, known, text, work, args.damp)
     for side in found.values():
         print(tables.losses(side, "variant" if side is found["d2moe"] else "level"))

@@ -40,6 +40,7 @@ CONFIG = ModelConfig(
 )
 LEVEL_OF_EXPERT = (0, 2, 3, 4)
 DENSE_LEVEL = 4
+AHEAD = 32
 
 
 def record() -> dict[str, np.ndarray]:
@@ -60,6 +61,7 @@ def record() -> dict[str, np.ndarray]:
                 cfg.moe_intermediate_size,
                 2,
                 DENSE_LEVEL,
+                AHEAD,
             ],
             np.int32,
         ),
@@ -82,7 +84,7 @@ def record() -> dict[str, np.ndarray]:
         mats[name] = NestedMatrix.of(layout, segments[: DENSE_LEVEL + 1])
         blobs[f"{name}.offsets"] = layout.part_offsets
         blobs |= {f"{name}.{i}": s for i, s in enumerate(segments)}
-    layout = expert_layout(h, cfg.moe_intermediate_size, quant)
+    layout = expert_layout(h, cfg.moe_intermediate_size, quant, AHEAD)
     records = [random_record(layout, rng)[0] for _ in range(cfg.num_experts)]
     blobs["expert.offsets"] = layout.part_offsets
     for e, segments in enumerate(records):

@@ -63,13 +63,17 @@ def make_store(path: Path, config: ModelConfig = TINY, seed: int = 0) -> Sample:
     """A store of random segments, with two sections."""
     rng = np.random.default_rng(seed)
     sample = Sample(path, config, QuantSpec())
-    layout = expert_layout(config.hidden_size, config.moe_intermediate_size, sample.quant)
+    sizes = config.hidden_size, config.moe_intermediate_size
+    ahead = [(0, 32, sizes[1])[i % 3] for i in range(len(config.moe_layers))]
 
     def segments(sizes: tuple[int, ...]) -> list[U8]:
         return [rng.integers(0, 256, n, np.uint8) for n in sizes]
 
-    with StoreWriter(path, config, sample.quant, {"source": "random", "note": "ünï"}) as writer:
-        for layer in reversed(config.moe_layers):  # any order will do
+    metadata = {"source": "random", "note": "ünï"}
+    with StoreWriter(path, config, sample.quant, metadata, ahead) as writer:
+        # any order will do
+        for layer, columns in reversed(list(zip(config.moe_layers, ahead, strict=True))):
+            layout = expert_layout(*sizes, sample.quant, columns)
             for expert in range(config.num_experts):
                 sample.experts[layer, expert] = segments(layout.segment_sizes)
                 writer.write_expert(layer, expert, sample.experts[layer, expert])
@@ -101,7 +105,7 @@ def checksum(data: bytes) -> int:
 
 
 def superblock(
-    raw: bytes, offset: int, *, generation: int = 1, length: int | None = None, version: int = 2
+    raw: bytes, offset: int, *, generation: int = 1, length: int | None = None, version: int = 3
 ) -> bytes:
     """A superblock that points to header bytes `raw`; packed here by hand from docs/FORMAT.md."""
     total = offset + len(raw) if length is None else length

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from convert_samples import make_checkpoint
+from numpy.typing import NDArray
 from test_quantize import KINDS, sample
 
 from edgemoe import kernels, reference
 from edgemoe.calibration import calibration, windows
 from edgemoe.checkpoint import Checkpoint, open_checkpoint
 from edgemoe.errors import KernelError, UsageError
-from edgemoe.layout import RecordLayout, dense_layout
-from edgemoe.mwq.calibrate import ENOUGH, CalibratedExperts, feedback
+from edgemoe.layout import MatrixLayout, record_layout
+from edgemoe.mwq.calibrate import (
+    ENOUGH,
+    CalibratedExperts,
+    Chunk,
+    ExpertInputs,
+    ExpertMatrices,
+    UnitSurvey,
+    feedback,
+)
 from edgemoe.mwq.convert import convert
 from edgemoe.mwq.packing import affine, decode, pack_record
 from edgemoe.mwq.quantize import level_weights, quantize_matrix
+from edgemoe.mwq.sensitivity import of_store
 from edgemoe.store import Store
-from edgemoe.types import F32, U8, NestedScales, QuantSpec
+from edgemoe.types import F32, LEVELS, U8, QuantSpec
 
 QUANT = QuantSpec()
 
@@ -37,17 +48,31 @@ def moment(x: F32) -> np.ndarray:
     return np.asarray(wide.T @ wide)
 
 
-def levels_of(scales: NestedScales, quant: QuantSpec = QUANT) -> tuple[F32, F32]:
-    pairs = [affine(scales, level, i) for i, level in enumerate(quant.levels)]
-    s, o = (np.stack(parts) for parts in zip(*pairs, strict=True))
-    return s, o
+def decoded(w: F32, by: F32 | None, depth: int = 5, ahead: int = 0) -> list[F32]:
+    """One matrix at each level of a record of `depth` segments."""
+    rows, cols = w.shape
+    parts = [MatrixLayout(rows, ahead, 128, 0, 1)] if ahead else []
+    layout = record_layout([*parts, MatrixLayout(rows, cols - ahead, 128, ahead)], QUANT, depth)
+    codes, scales = zip(*quantize_matrix(w, layout, 0, None, by), strict=True)
+    segments = pack_record(layout, codes, scales)
+    return [decode(layout, segments, i)[0] for i in range(depth)]
 
 
-def decoded(w: F32, by: F32 | None, quant: QuantSpec = QUANT) -> list[F32]:
-    layout = RecordLayout(dense_layout(*w.shape, quant).matrices, quant, 64)
-    codes, scales = quantize_matrix(w, quant, None, by)
-    segments = pack_record(layout, [codes], [scales])
-    return [decode(layout, segments, i)[0] for i in range(len(quant.levels))]
+def problem(
+    w: F32, ahead: int, pool: kernels.Pool
+) -> tuple[U8, NDArray[np.int32], NDArray[np.int32], tuple[F32, F32]]:
+    """Nearest codes, group starts, bits, (s, o) of a matrix with columns ahead."""
+    starts, parts = [], []
+    for first, stop in ((0, ahead), (ahead, w.shape[1])):
+        if first < stop:
+            codes, scales = kernels.quantize_rows(pool, w[:, first:stop].copy(), QUANT)
+            steps = [min(i + (first < ahead), 4) for i in range(5)]
+            pairs = [affine(scales, LEVELS[k], k) for k in steps]
+            starts += list(range(first, stop, 128))
+            bits = np.tile(np.array(LEVELS, np.int32)[steps, None], (1, pairs[0][0].shape[1]))
+            parts.append((codes, bits, *(np.stack(v) for v in zip(*pairs, strict=True))))
+    codes, bits, s, o = (np.concatenate(v, axis=-1) for v in zip(*parts, strict=True))
+    return codes, np.array([*starts, w.shape[1]], np.int32), bits, (s, o)
 
 
 def output_error(w: F32, back: F32, x: F32) -> float:
@@ -56,47 +81,61 @@ def output_error(w: F32, back: F32, x: F32) -> float:
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(24, 704), (13, 31), (7, 130)])
-def test_kernel_is_its_twin(kind: str, shape: tuple[int, int], threads: int) -> None:
+@pytest.mark.parametrize(("shape", "ahead"), [((24, 704), 160), ((13, 31), 31), ((7, 130), 0)])
+def test_kernel_is_its_twin(kind: str, shape: tuple[int, int], ahead: int, threads: int) -> None:
     w, pool = sample(kind, shape, seed=3), kernels.new_pool(threads)
     w[0] *= np.float32(1e-40)
     w[1] *= np.float32(1e25)
     by = feedback(moment(inputs(900, shape[1])))
-    codes, scales = kernels.quantize_rows(pool, w, QUANT)
-    pair, weight = levels_of(scales), level_weights(QUANT)
+    codes, *groups = problem(w, ahead, pool)
+    weight = level_weights(LEVELS)
     with np.errstate(over="ignore", invalid="ignore"):
-        want = reference.nest_rows(w, codes, QUANT, pair, by, weight, 50)
-    kernels.nest_rows(pool, w, codes, QUANT, pair, by, weight, 50)
+        want = reference.nest_rows(w, codes, *groups, by, weight, 50)
+    kernels.nest_rows(pool, w, codes, *groups, by, weight, 50)
     np.testing.assert_array_equal(codes, want)
 
 
 def test_kernel_checks_its_arguments() -> None:
     pool, w = kernels.new_pool(1), sample("normal", (8, 64))
-    codes, scales = kernels.quantize_rows(pool, w, QUANT)
-    pair, weight = levels_of(scales), level_weights(QUANT)
-    by = np.zeros((64, 64), np.float32)
-    for args in (
-        (w[:, :32].copy(), codes, QUANT, pair, by, weight, 9),
-        (w, codes[:4].copy(), QUANT, pair, by, weight, 9),
-        (w, codes, QUANT, (pair[0][:4].copy(), pair[1]), by, weight, 9),
-        (w, codes, QUANT, pair, by[:32].copy(), weight, 9),
-        (w, codes, QUANT, pair, by, weight[:4].copy(), 9),
-        (w, codes, QUANT, pair, by, weight, 256),
-        (w, codes, QUANT, pair, by, weight, -1),
+    codes, starts, bits, pair = problem(w, 32, pool)
+    weight, by = level_weights(LEVELS), np.zeros((64, 64), np.float32)
+    sound: dict[str, Any] = {
+        "w": w,
+        "codes": codes,
+        "starts": starts,
+        "bits": bits,
+        "affine": pair,
+        "feedback": by,
+        "weight": weight,
+        "reach": 9,
+    }
+    six = np.ones((6, 8, 2), np.float32)
+    many = {"bits": np.ones((6, 2), np.int32), "affine": (six, six), "weight": six[:, 0, 0].copy()}
+    for wrong in (
+        {"w": w[:, :32].copy()},
+        {"codes": codes[:4].copy()},
+        {"affine": (pair[0][:4].copy(), pair[1])},
+        {"feedback": by[:32].copy()},
+        {"weight": weight[:4].copy()},
+        {"reach": 256},
+        {"reach": -1},
+        {"starts": np.array([0, 64, 64], np.int32)},
+        {"starts": np.array([1, 32, 64], np.int32)},
+        {"starts": np.array([0, 32, 65], np.int32)},
+        {"bits": bits - 3},
+        {"bits": bits + 1},
+        many,
     ):
         with pytest.raises(KernelError):
-            kernels.nest_rows(pool, *args)
-    six = QuantSpec((1, 2, 3, 4, 6, 8))
-    one = np.ones((6, 8, 1), np.float32)
-    with pytest.raises(KernelError, match="1 to 5"):
-        kernels.nest_rows(pool, w, codes, six, (one, one), by, one[:, 0, 0].copy(), 9)
+            kernels.nest_rows(pool, **sound | wrong)
+    kernels.nest_rows(pool, **sound)
 
 
 def test_without_reach_codes_stay() -> None:
     pool, w = kernels.new_pool(1), sample("heavy", (16, 256))
-    codes, scales = kernels.quantize_rows(pool, w, QUANT)
+    codes, *groups = problem(w, 0, pool)
     before, by = codes.copy(), feedback(moment(inputs(500, 256)))
-    kernels.nest_rows(pool, w, codes, QUANT, levels_of(scales), by, level_weights(QUANT), 0)
+    kernels.nest_rows(pool, w, codes, *groups, by, level_weights(LEVELS), 0)
     np.testing.assert_array_equal(codes, before)
 
 
@@ -141,11 +180,21 @@ def test_calibrated_outputs_are_nearer_at_low_levels(kind: str) -> None:
     assert output_error(w, nested[4], unseen) < output_error(w, plain[3], unseen)
 
 
+def test_columns_ahead_are_nearer_and_help_the_rest() -> None:
+    """At every level but the highest, where all columns have 8 bits."""
+    w, x = sample("normal", (64, 256), seed=4), inputs(4000, 256)
+    by = feedback(moment(x))
+    plain, ahead = (
+        [output_error(w, back, x) for back in decoded(w, by, ahead=n)] for n in (0, 160)
+    )
+    assert all(a < 0.8 * b for a, b in zip(ahead[:4], plain[:4], strict=True)), (ahead, plain)
+
+
 def test_levels_that_are_not_stored_do_not_count() -> None:
     w, x = sample("normal", (32, 256)), inputs(3000, 256)
     by = feedback(moment(x))
     all_levels = output_error(w, decoded(w, by)[0], x)
-    low_only = output_error(w, decoded(w, by, dataclasses.replace(QUANT, max_level=4))[0], x)
+    low_only = output_error(w, decoded(w, by, 3)[0], x)
     assert low_only < all_levels
 
 
@@ -184,7 +233,7 @@ def expert_error(checkpoint: Checkpoint, path: Path, x: F32, level_index: int) -
                 ref = store.expert_segment(0, e, i)
                 segments.append(np.empty(ref.size, np.uint8))
                 store.read_into(ref, segments[-1])
-            got = outputs(*decode(store.expert_layout, segments, level_index))
+            got = outputs(*decode(store.expert_layout(0), segments, level_index))
             total += float(np.square(got - outputs(*checkpoint.expert(0, e))).sum())
     return total
 
@@ -198,12 +247,16 @@ def test_a_calibrated_store(tmp_path: Path) -> None:
     convert(checkpoint, tmp_path / "plain.emoe")
     seen: list[F32] = []
 
-    def note(layer: int, x: F32, ids: np.ndarray, weights: F32) -> F32:
-        if layer == 0:
-            seen.append(x)
-        return np.zeros_like(x)
+    class Note(ExpertInputs):
+        def __call__(self, layer: int, x: F32, ids: np.ndarray, weights: F32) -> F32:
+            if layer == 0:
+                seen.append(x)
+            return np.zeros_like(x)
 
-    calibration(checkpoint, text, 1)(note)
+        def see(self, *args: object) -> None:
+            raise AssertionError
+
+    calibration(checkpoint, text, 1)(Note(checkpoint.expert, 3))
     for level_index in range(3):
         plain, nested = (
             expert_error(checkpoint, p, seen[0], level_index)
@@ -213,6 +266,11 @@ def test_a_calibrated_store(tmp_path: Path) -> None:
     with Store.open(out) as store:
         assert store.verify() == []
         assert store.metadata["quantizer"] == "affine8-nested"
+        assert store.metadata["sensitivity"] == "measured"
+        lost = of_store(store)
+    assert lost is not None and lost.shape == (2, 3, 5)
+    assert (lost[..., 0] > lost[..., 2]).all() and (lost[..., 2] > lost[..., 4]).all()
+    assert (lost > 0).all()
 
 
 def test_threads_do_not_change_the_store(tmp_path: Path) -> None:
@@ -238,34 +296,107 @@ def test_experts_that_the_text_never_reaches(tmp_path: Path) -> None:
     assert np.isfinite(expert_error(checkpoint, out, x, 0))
 
 
-def test_an_expert_sees_enough_tokens() -> None:
-    """Its own with the square of their share, others where those are few."""
+class Moments(ExpertInputs):
+    """Keeps the second moments of what gate and up read."""
+
+    def see(self, layer: int, expert: int, matrices: object, chunks: Iterator[Chunk]) -> None:
+        parts = [c.inputs.T.astype(np.float64) @ (c.inputs * c.counts) for c in chunks]
+        self.found = {**getattr(self, "found", {}), expert: sum(parts)}
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_an_expert_sees_enough_tokens(watched: bool) -> None:
+    """Its own with the square of their share over the residual's, others where those are few."""
     n = 2 * ENOUGH
     rng = np.random.default_rng(0)
     x = rng.standard_normal((n, 16)).astype(np.float32)
     weights = rng.random((n, 1)).astype(np.float32)
     ids = (np.arange(n) < 3).astype(np.int32)[:, None]
     matrices = tuple(rng.standard_normal((16, 16)).astype(np.float32) for _ in range(3))
-    got = {}
-    experts = CalibratedExperts(
-        lambda layer, e: matrices, 2, lambda layer, e, m, by: got.update({e: by})
-    )
+    experts = Moments(lambda layer, e: matrices, 2)
+    residual = rng.standard_normal((n, 16)).astype(np.float32) * np.linspace(0, 9, n)[:, None]
+    if watched:
+        experts.watch(0, residual.astype(np.float32))
     y = experts(0, x, ids, weights)
     assert experts.starved == 1
     own = np.arange(n) >= 3
-    by = np.square(weights[own])
-    np.testing.assert_allclose(
-        got[0][0], feedback((x[own] * by).T.astype(np.float64) @ x[own]), rtol=1e-3, atol=1e-4
-    )
-    assert got[1][0].any()
+    by = np.square(weights[own].astype(np.float64))
+    if watched:
+        by /= np.square(residual[own]).mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(experts.found[0], (x[own] * by).T @ x[own], rtol=1e-4, atol=1e-4)
+    assert experts.found[1].any()
     gate, up, down = matrices
     want = reference.silu((x @ gate.T).astype(np.float64)) * (x @ up.T) @ down.T * weights
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-3)
 
 
 def test_windows_are_spread_over_the_text() -> None:
-    got = windows(range(10_000), 100, 450, "x")
+    got = windows(range(10_000), 100, 450, None, "x")
     assert [int(w[0]) for w in got] == [0, 3300, 6600, 9900]
     assert all(len(w) == 100 for w in got)
     with pytest.raises(UsageError, match=r"a\.txt: 99 tokens are too few .* at least 100"):
-        windows(range(99), 100, 450, "a.txt")
+        windows(range(99), 100, 450, None, "a.txt")
+    assert [w[:2].tolist() for w in windows(range(300), 100, 250, 7, "x")] == [[7, 1], [7, 201]]
+
+
+def survey_of(costs: list[list[list[float]]], hidden: int = 8) -> UnitSurvey:
+    """A survey that saw, by layer, expert and unit, activations of these mean squares."""
+    survey = UnitSurvey(lambda layer, e: (None, None, None), len(costs[0]))  # type: ignore[arg-type,return-value]
+    down = np.ones((hidden, len(costs[0][0])), np.float32)
+    one = np.ones((1, 1), np.float32)
+    for layer, experts in enumerate(costs):
+        for e, units in enumerate(experts):
+            a = np.sqrt(np.array([units], np.float32))
+            survey.see(layer, e, (down.T, down.T, down), iter([Chunk(a[:, :1], a, one, one)]))
+    return survey
+
+
+def test_the_dearest_units_come_first_and_get_the_columns_ahead() -> None:
+    rng = np.random.default_rng(0)
+    costs = rng.random((3, 2, 100))
+    costs[1] *= 100
+    costs[2, :, 37] = 1e4
+    survey = survey_of(costs.tolist())
+    for layer in range(3):
+        for e in range(2):
+            np.testing.assert_array_equal(survey.order(layer, e), np.argsort(-costs[layer, e]))
+    # 4 blocks of units a layer, 12 in all
+    assert survey.ahead(0.0) == [0, 0, 0]
+    assert survey.ahead(1 / 12) == [0, 0, 32]
+    assert survey.ahead(3 / 12) == [0, 64, 32]
+    assert survey.ahead(5 / 12) == [32, 96, 32]  # the last block of a layer is a small one
+    assert survey.ahead(1.0) == [100, 100, 100]
+
+
+def test_a_survey_of_unusable_activations() -> None:
+    """Infinite or absent ones leave the order as it is and nothing fails."""
+    survey = survey_of([[[0.0] * 40, [np.inf] * 40]])
+    np.testing.assert_array_equal(survey.order(0, 0), np.arange(40))
+    np.testing.assert_array_equal(survey.order(0, 1), np.arange(40))
+    assert survey.ahead(0.5) == [32]
+
+
+def test_units_in_another_order_are_the_same_expert() -> None:
+    """What the sink gets computes what the expert computes, and its sample says of which tokens."""
+    rng = np.random.default_rng(2)
+    matrices: ExpertMatrices = (
+        rng.standard_normal((40, 16)).astype(np.float32),
+        rng.standard_normal((40, 16)).astype(np.float32),
+        rng.standard_normal((16, 40)).astype(np.float32),
+    )
+    x = rng.standard_normal((300, 16)).astype(np.float32)
+    route = np.zeros((300, 1), np.int32), np.full((300, 1), 0.5, np.float32)
+    survey = UnitSurvey(lambda layer, e: matrices, 1)
+    want = survey(0, x, *route)
+    got: list[tuple[Any, ...]] = []
+    experts = CalibratedExperts(
+        lambda layer, e: matrices, 1, survey, lambda *args: got.append(args)
+    )
+    np.testing.assert_array_equal(experts(0, x, *route), want)
+    ((layer, expert, (gate, up, down), shares, chunk),) = got
+    assert (layer, expert) == (0, 0) and [len(s) for s in shares] == [16, 16, 40]
+    a = reference.silu((x @ gate.T).astype(np.float64)) * (x @ up.T)
+    np.testing.assert_allclose(a @ down.T * 0.5, want, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(chunk.middles, a[: len(chunk.middles)], rtol=1e-3, atol=1e-4)
+    cost = np.square(a).sum(axis=0)
+    assert (np.diff(cost) <= 1e-5 * cost[:-1]).all()

@@ -37,8 +37,8 @@ def segments(store: Store, refs: list[Any]) -> list[U8]:
 
 def packed(layout: RecordLayout, weights: list[F32]) -> list[bytes]:
     """What a record of these matrices must be, made in one go."""
-    parts = [quantize_matrix(w, layout.quant) for w in weights]
-    return [s.tobytes() for s in pack_record(layout, [p[0] for p in parts], [p[1] for p in parts])]
+    parts = [part for i, w in enumerate(weights) for part in quantize_matrix(w, layout, i)]
+    return [s.tobytes() for s in pack_record(layout, *zip(*parts, strict=True))]
 
 
 def assert_converted(source: Source, out: Path) -> None:
@@ -48,13 +48,15 @@ def assert_converted(source: Source, out: Path) -> None:
         for layer in config.moe_layers:
             for expert in range(config.num_experts):
                 weights = [source.weights[layer, expert, part] for part in EXPERT_PARTS]
+                layout = store.expert_layout(layer)
                 got = segments(store, [store.expert_segment(layer, expert, i) for i in range(5)])
-                assert [s.tobytes() for s in got] == packed(store.expert_layout, weights)
-                for w, back in zip(weights, decode(store.expert_layout, got, 4), strict=True):
+                assert [s.tobytes() for s in got] == packed(layout, weights)
+                for w, back in zip(weights, decode(layout, got, 4), strict=True):
                     assert np.abs(back - w).max() < 0.01 * np.abs(w).max()
         for name in store.tensors:
             w = source.weights[name]
             if is_nested(name):
+                layout = store.expert_layout(layer)
                 got = segments(store, store.tensor_segments(name))
                 layout = dense_layout(w.shape[0], w.shape[1], store.quant)
                 assert [s.tobytes() for s in got] == packed(layout, [w])

@@ -254,7 +254,7 @@ def test_a_store_at_a_level(
         for layer in range(3):
             for e in range(3):
                 refs = [store.expert_segment(layer, e, i) for i in range(top + 1)]
-                weights = decode(store.expert_layout, [load(store, r) for r in refs], top)
+                weights = decode(store.expert_layout(layer), [load(store, r) for r in refs], top)
                 for part, w in zip(EXPERT_PARTS, weights, strict=True):
                     data = tensors[f"blk.{layer}.ffn_{part}_exps.weight"][1][e]
                     np.testing.assert_array_equal(data, w.astype(np.float16))

@@ -1,6 +1,6 @@
 """A second reader of stores, written from docs/FORMAT.md alone: pure Python, nothing of edgemoe.
 
-If this file has to change, format version 2 has changed.
+If this file has to change, format version 3 has changed.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,16 @@ import numpy as np
 import pytest
 from convert_samples import make_checkpoint
 
+from edgemoe.calibration import calibration
+from edgemoe.checkpoint import open_checkpoint
 from edgemoe.errors import UsageError
 from edgemoe.mwq.convert import convert
 from edgemoe.mwq.packing import decode
 from edgemoe.store import Store, replace_section
 from edgemoe.types import LEVELS, U8
+
+Shape = tuple[int, int, int]
+"""rows, cols, and 1 if the matrix is a level ahead."""
 
 
 def make_crc_table() -> list[int]:
@@ -72,7 +78,7 @@ class SecondReader:
         magic, version, header_crc, generation, header_at, header_length, length = fields
         if magic != b"EDGEMOE\0" or crc32c(block[:4092]) != struct.unpack("<I", block[4092:])[0]:
             return None
-        assert version == 2
+        assert version == 3
         return generation, length, header_at, header_length, header_crc
 
     def part(self, offset: int, size: int, crc: int) -> bytes:
@@ -83,31 +89,39 @@ class SecondReader:
     def shapes_of(self, rows: int, cols: int) -> tuple[int, int, int]:
         return math.ceil(rows / 8), math.ceil(cols / 32), math.ceil(cols / self.group)
 
+    def steps_of(self, ahead: int, i: int) -> list[int]:
+        """Steps of a matrix that lie in segment i."""
+        last = len(self.levels) - 1
+        if ahead == 0:
+            return [i]
+        return [0, 1] if i == 0 else [i + 1] if i < last else []
+
     def parts_of(
-        self, shapes: list[tuple[int, int]], levels: int
-    ) -> list[tuple[int, list[int], list[int]]]:
-        """(size, offsets of scale blocks, offsets of planes) of the first segments."""
+        self, shapes: list[Shape], levels: int
+    ) -> list[tuple[int, dict[tuple[int, int], int], dict[tuple[int, int], int]]]:
+        """(size, offsets of scale blocks, of planes by (matrix, step)) of the first segments."""
         out = []
-        for i, bits in enumerate(self.added[:levels]):
-            at, scales, planes = 0, [], []
-            for shape in shapes:
-                blocks, _, groups = self.shapes_of(*shape)
-                scales.append(at)
-                at += up(16 * blocks, 64)
-                if i == 0:
+        for i in range(levels):
+            at, scales, planes = 0, {}, {}
+            steps = [
+                (m, k) for m, (*_, ahead) in enumerate(shapes) for k in self.steps_of(ahead, i)
+            ]
+            for m, k in steps:
+                rows, cols, ahead = shapes[m]
+                blocks, _, groups = self.shapes_of(rows, cols)
+                scales[m, k] = at
+                if k == 0:
                     at += up(8 * blocks, 64) + up(16 * blocks * groups, 64)
-                if self.levels[i] < 8:
+                if k >= ahead and self.levels[k] < 8:
                     at += up(4 * blocks * groups, 64)
-            for shape in shapes:
-                blocks, units, _ = self.shapes_of(*shape)
-                planes.append(at)
-                at += up(blocks * units * 32 * bits, 64)
+            for m, k in steps:
+                blocks, units, _ = self.shapes_of(*shapes[m][:2])
+                planes[m, k] = at
+                at += up(blocks * units * 32 * self.added[k], 64)
             out.append((at, scales, planes))
         return out
 
-    def check_segments(
-        self, shapes: list[tuple[int, int]], entry: dict[str, Any], levels: int
-    ) -> int:
+    def check_segments(self, shapes: list[Shape], entry: dict[str, Any], levels: int) -> int:
         """Compare the header's segments with the rules; returns the stride."""
         sizes = [size for size, _, _ in self.parts_of(shapes, levels)]
         alignment = 4096 if min(sizes) >= 262_144 else 64
@@ -120,26 +134,29 @@ class SecondReader:
             at += up(size, alignment)
         return at
 
-    def expert_shapes(self) -> list[tuple[int, int]]:
+    def expert_shapes(self, ahead: int) -> list[Shape]:
         h, i = self.model["hidden_size"], self.model["moe_intermediate_size"]
-        return [(i, h), (i, h), (h, i)]
+        down = [(h, ahead, 1), (h, i - ahead, 0)]
+        return [(i, h, 0), (i, h, 0), *(shape for shape in down if shape[1])]
 
     def moe_layers(self) -> list[int]:
         dense = self.model["dense_layers"]
         return [i for i in range(self.model["num_hidden_layers"]) if i not in dense]
 
     def check_coverage(self, header_at: int, header_length: int) -> None:
-        experts = self.header["experts"]
-        assert self.check_segments(self.expert_shapes(), experts, self.held) == experts["stride"]
-        count = len(self.moe_layers()) * self.model["num_experts"]
         parts = [(0, 8192, 4096), (header_at, header_length, 64)]
-        parts.append((experts["offset"], count * experts["stride"], experts["alignment"]))
+        assert len(self.header["experts"]) == len(self.moe_layers())
+        for e in self.header["experts"]:
+            shapes = self.expert_shapes(e["ahead"])
+            assert self.check_segments(shapes, e, self.held) == e["stride"]
+            size = self.model["num_experts"] * e["stride"]
+            parts.append((e["offset"], size, e["alignment"]))
         for t in self.header["tensors"]:
             if t["kind"] == "f32":
                 assert t["size"] == 4 * math.prod(t["shape"])
                 parts.append((t["offset"], t["size"], 64))
             else:
-                self.check_segments([tuple(t["shape"])], t, len(self.levels))
+                self.check_segments([(*t["shape"], 0)], t, len(self.levels))
                 last = t["segments"][-1]
                 parts.append((t["offset"], last["offset"] + last["size"], t["alignment"]))
         for s in [self.header["crc_table"], *self.header["sections"]]:
@@ -152,20 +169,20 @@ class SecondReader:
             end = offset + size
         assert end == len(self.data)
 
-    def matrix(
-        self, shapes: list[tuple[int, int]], m: int, segments: list[bytes]
-    ) -> list[list[float]]:
-        """Weights of matrix m at the level of the last of these segments."""
-        rows, cols = shapes[m]
-        _, units, groups = self.shapes_of(rows, cols)
+    def matrix(self, shapes: list[Shape], m: int, segments: list[bytes]) -> list[list[float]]:
+        """Weights of matrix m of a record whose segments up to that of the level are these."""
+        rows, cols, ahead = shapes[m]
+        blocks, units, groups = self.shapes_of(rows, cols)
         parts = self.parts_of(shapes, len(segments))
-        bits, blocks = self.levels[len(segments) - 1], math.ceil(rows / 8)
-        gains = segments[-1][parts[-1][1][m] :]
-        exponents = segments[0][parts[0][1][m] + up(16 * blocks, 64) :]
+        where = {k: i for i in range(len(segments)) for k in self.steps_of(ahead, i)}
+        last = max(where)
+        bits = self.levels[last]
+        exponents = segments[0][parts[0][1][m, 0] :]
         steps = exponents[up(8 * blocks, 64) :]
-        shifts = gains[up(16 * blocks, 64) :]
-        if len(segments) == 1:
+        if last == 0:
             shifts = steps[up(16 * blocks * groups, 64) :]
+        else:
+            shifts = segments[where[last]][parts[where[last]][1][m, last] :]
         out = []
         for r in range(rows):
             row = []
@@ -173,9 +190,9 @@ class SecondReader:
                 cell, lane = r // 8 * units + c // 32, r % 8
                 t, j = c % 32 // 4, c % 4
                 code = 0
-                for i, segment in enumerate(segments):
-                    plane = parts[i][2][m]
-                    if self.added[i] == 1:
+                for k in range(last + 1):
+                    segment, plane = segments[where[k]], parts[where[k]][2][m, k]
+                    if self.added[k] == 1:
                         byte = segment[plane + cell * 32 + 4 * lane + j]
                         code = code << 1 | byte >> t & 1
                     else:
@@ -184,25 +201,27 @@ class SecondReader:
                 at = (r // 8 * groups + c // self.group) * 16 + lane
                 u, zero = steps[at], steps[at + 8]
                 step = 2.0 ** (exponents[r] - 127 + u // 16) * (1 + u % 16 / 16)
-                (gain,) = struct.unpack_from("<e", gains, 2 * r)
                 shift = 8
                 if bits < 8:
                     pair = shifts[(r // 8 * groups + c // self.group) * 4 + lane // 2]
                     shift = pair >> 4 * (lane % 2) & 15
-                cells = gain * (code - (2**bits - 1) / 2) + (shift - 8) / 16
+                cells = code - (2**bits - 1) / 2 + (shift - 8) / 16
                 row.append(step * (2 ** (8 - bits) * cells + 127.5 - zero))
             out.append(row)
         return out
 
     def expert(self, layer: int, expert: int, levels: int) -> list[list[list[float]]]:
-        e = self.header["experts"]
-        index = self.moe_layers().index(layer) * self.model["num_experts"] + expert
-        base = e["offset"] + index * e["stride"]
+        ordinal = self.moe_layers().index(layer)
+        e = self.header["experts"][ordinal]
+        index = ordinal * self.model["num_experts"] + expert
+        base = e["offset"] + expert * e["stride"]
         segments = [
             self.part(base + s["offset"], s["size"], self.crcs[index * self.held + i])
             for i, s in enumerate(e["segments"][:levels])
         ]
-        return [self.matrix(self.expert_shapes(), m, segments) for m in range(3)]
+        shapes = self.expert_shapes(e["ahead"])
+        gate, up, *down = (self.matrix(shapes, m, segments) for m in range(len(shapes)))
+        return [gate, up, [list(chain(*row)) for row in zip(*down, strict=True)]]
 
     def tensor(self, name: str, levels: int) -> list[list[float]]:
         at = len(self.moe_layers()) * self.model["num_experts"] * self.held
@@ -219,7 +238,7 @@ class SecondReader:
                     self.part(t["offset"] + s["offset"], s["size"], self.crcs[at + i])
                     for i, s in enumerate(t["segments"][:levels])
                 ]
-                return self.matrix([tuple(t["shape"])], 0, segments)
+                return self.matrix([(*t["shape"], 0)], 0, segments)
         raise KeyError(name)
 
 
@@ -230,9 +249,21 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stored(source: Path) -> Path:
+def plain(source: Path) -> Path:
     convert(source, source.parent / "m.emoe")
     return source.parent / "m.emoe"
+
+
+@pytest.fixture(scope="module", params=["plain", "calibrated"])
+def stored(request: pytest.FixtureRequest, source: Path, plain: Path) -> Path:
+    """Only a calibrated store has columns ahead."""
+    if request.param == "plain":
+        return plain
+    out = source.parent / "calibrated.emoe"
+    checkpoint = open_checkpoint(source)
+    text = [np.random.default_rng(0).integers(0, 70, 128) for _ in range(4)]
+    convert(checkpoint, out, calibrate=calibration(checkpoint, text, 1))
+    return out
 
 
 def read(store: Store, refs: list[Any]) -> list[U8]:
@@ -245,7 +276,8 @@ def read(store: Store, refs: list[Any]) -> list[U8]:
 def test_the_page_names_every_field(stored: Path) -> None:
     page = (Path(__file__).parents[1] / "docs" / "FORMAT.md").read_text()
     header = SecondReader(stored.read_bytes()).header
-    keys = [*header, *header["model"], *header["quant"], *header["experts"], *header["tensors"][0]]
+    keys = [*header, *header["model"], *header["quant"]]
+    keys += [*header["experts"][0], *header["tensors"][0]]
     assert [key for key in keys if f"`{key}`" not in page and f'"{key}"' not in page] == []
 
 
@@ -253,10 +285,12 @@ def test_the_page_names_every_field(stored: Path) -> None:
 def test_both_readers_see_the_same_weights(stored: Path, levels: int) -> None:
     second = SecondReader(stored.read_bytes())
     with Store.open(stored) as store:
-        refs = [store.expert_segment(2, 1, i) for i in range(levels)]
-        first = decode(store.expert_layout, read(store, refs), levels - 1)
-        for a, b in zip(first, second.expert(2, 1, levels), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+        assert any(store.ahead) == (stored.name == "calibrated.emoe")
+        for layer in store.config.moe_layers:
+            refs = [store.expert_segment(layer, 1, i) for i in range(levels)]
+            first = decode(store.expert_layout(layer), read(store, refs), levels - 1)
+            for a, b in zip(first, second.expert(layer, 1, levels), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
         for name in ("lm_head", "layers.0.k", "layers.1.down"):
             layout = store.tensors[name].layout
             assert layout is not None
@@ -269,17 +303,17 @@ def test_both_readers_see_the_same_weights(stored: Path, levels: int) -> None:
 
 
 @pytest.mark.parametrize("max_level", [4, 6])
-def test_a_store_without_its_upper_segments(stored: Path, source: Path, max_level: int) -> None:
+def test_a_store_without_its_upper_segments(plain: Path, source: Path, max_level: int) -> None:
     small = source.parent / f"{max_level}.emoe"
     convert(source, small, max_level=max_level)
-    whole, cut = SecondReader(stored.read_bytes()), SecondReader(small.read_bytes())
+    whole, cut = SecondReader(plain.read_bytes()), SecondReader(small.read_bytes())
     assert cut.held == LEVELS.index(max_level) + 1 and len(cut.data) < len(whole.data)
     for levels in range(1, cut.held + 1):
         assert cut.expert(2, 1, levels) == whole.expert(2, 1, levels)
     assert cut.tensor("lm_head", 5) == whole.tensor("lm_head", 5)
     with Store.open(small) as store:
         refs = [store.expert_segment(2, 1, i) for i in range(cut.held)]
-        first = decode(store.expert_layout, read(store, refs), cut.held - 1)
+        first = decode(store.expert_layout(2), read(store, refs), cut.held - 1)
         for a, b in zip(first, cut.expert(2, 1, cut.held), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
         with pytest.raises(UsageError, match="no segment"):

@@ -201,8 +201,7 @@ def test_routes_are_replayed(replaying: tuple[Path, Path], bits: int) -> None:
     with Store.open(path) as store:
         config, levels = store.config, store.quant.levels
         level = levels.index(bits)
-        count = len(config.moe_layers) * config.num_experts
-        arena = Arena(count * expert_bytes(store.expert_layout, level) + dense_bytes(store, level))
+        arena = Arena(expert_bytes(store, level) + dense_bytes(store, level))
         pool = kernels.new_pool(2)
         weights = from_store(store, pool, arena, level)
         experts = Watched(SerialExperts(pool, ResidentExperts(store, arena, level)))

@@ -90,11 +90,15 @@ def test_linear_shares_one_input(isa: str, pool: kernels.Pool) -> None:
         close(got, ref)
 
 
-@pytest.mark.parametrize(("hidden", "inter"), [(64, 48), (256, 704), (40, 33)])
+@pytest.mark.parametrize(
+    ("hidden", "inter", "ahead"), [(64, 48, 32), (256, 704, 0), (256, 704, 160), (40, 33, 33)]
+)
 @pytest.mark.parametrize("n", [1, 5, 150])
-def test_experts_and_combine(isa: str, hidden: int, inter: int, n: int, pool: kernels.Pool) -> None:
+def test_experts_and_combine(
+    isa: str, hidden: int, inter: int, ahead: int, n: int, pool: kernels.Pool
+) -> None:
     rng = np.random.default_rng(hidden + n)
-    layout = expert_layout(hidden, inter, QuantSpec())
+    layout = expert_layout(hidden, inter, QuantSpec(), ahead)
     k, n_experts = 3, 6
     records = [random_record(layout, rng) for _ in range(n_experts)]
     ids = np.stack([rng.permutation(n_experts)[:k] for _ in range(n)])
@@ -127,10 +131,17 @@ def test_experts_and_combine(isa: str, hidden: int, inter: int, n: int, pool: ke
     for j, level in enumerate(levels):
         part = slice(first_pair[j], first_pair[j + 1])
         segments = next(r[0] for r in records if r[0][0].ctypes.data == addresses[j][0])
-        gate, up, down = (NestedMatrix.of(layout, segments[: level + 1], m) for m in range(3))
+        gate, up, *downs = (
+            NestedMatrix.of(layout, segments[: level + 1], m) for m in range(len(layout.matrices))
+        )
         mid = kernels.silu_mul(*kernels.linear(pool, x[pair_token[part]], [gate, up]))
-        (parts,) = kernels.linear(pool, mid, [down])
-        assert np.array_equal(got[part].view(np.uint32), parts.view(np.uint32))
+        sums = []
+        for down in downs:
+            first_col = down.layout.first_col
+            columns = mid[:, first_col : first_col + down.layout.cols]
+            sums += kernels.linear(pool, np.ascontiguousarray(columns), [down])
+        total = sums[0] if len(sums) == 1 else sums[0] + sums[1]
+        assert np.array_equal(got[part].view(np.uint32), total.view(np.uint32))
     close(kernels.combine(pool, got, position, weights), reference.combine(got, position, weights))
 
 
@@ -215,7 +226,7 @@ def test_route(experts: int, k: int, normalize: bool) -> None:
 def _outputs(threads: int) -> list[np.ndarray]:
     rng = np.random.default_rng(3)
     pool = kernels.new_pool(threads)
-    layout = expert_layout(96, 130, QuantSpec())
+    layout = expert_layout(96, 130, QuantSpec(), 64)
     segments, _ = random_record(layout, rng)
     x = rng.standard_normal((67, 96)).astype(np.float32)
     out = []

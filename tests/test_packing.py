@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from coded import random_scales
 
 from edgemoe import kernels, reference
 from edgemoe.errors import StoreError, UsageError
-from edgemoe.layout import RecordLayout, dense_layout, expert_layout, record_layout
+from edgemoe.layout import MatrixLayout, RecordLayout, dense_layout, expert_layout, record_layout
 from edgemoe.mwq import packing
 from edgemoe.mwq.packing import decode, pack_record, unpack_codes
 from edgemoe.types import LEVELS, U8, NestedScales, QuantSpec
@@ -61,7 +60,8 @@ def test_planes_equal_the_plain_loop(shape: tuple[int, int], levels: tuple[int, 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_codes_come_back_at_every_level(shape: tuple[int, int]) -> None:
-    layout = record_layout((shape, (shape[1], shape[0]), (5, 40)), QuantSpec())
+    shapes = (shape, (shape[1], shape[0]), (5, 40))
+    layout = record_layout([MatrixLayout(*s, 128) for s in shapes], QuantSpec(), 5)
     codes, scales = random_parts(layout)
     segments = pack_record(layout, codes, scales)
     for i, level in enumerate(LEVELS):
@@ -75,11 +75,7 @@ def test_scale_block_byte_by_byte() -> None:
     segments = pack_record(layout, codes, [scales])
     for i in range(5):
         block = segments[i].tobytes()
-        for row in range(16):
-            (gain,) = struct.unpack_from("<e", block, 2 * row)
-            assert gain == (scales.gain[i, row] if row < 11 else 0)
-        assert not any(block[32:64])
-        shifts_at = 256 if i == 0 else 64
+        shifts_at = 192 if i == 0 else 0
         end = int(layout.part_offsets[i, 0, 1])
         assert end == shifts_at + (64 if i < 4 else 0)
         for row in range(16 if i < 4 else 0):
@@ -89,24 +85,21 @@ def test_scale_block_byte_by_byte() -> None:
                 assert nibble == (scales.shift[i, row, group] if row < 11 else 0)
         assert not any(block[shifts_at + 2 * 3 * 4 : end])
     block = segments[0].tobytes()
-    assert list(block[64:75]) == list(scales.exponent)
-    assert list(block[75:128]) == [1] * 5 + [0] * 48
+    assert list(block[:11]) == list(scales.exponent)
+    assert list(block[11:64]) == [1] * 5 + [0] * 48
     for row in range(16):
         for group in range(3):
-            at = 128 + ((row // 8) * 3 + group) * 16 + row % 8
+            at = 64 + ((row // 8) * 3 + group) * 16 + row % 8
             want = (scales.step[row, group], scales.zero[row, group]) if row < 11 else (0, 0)
             assert (block[at], block[at + 8]) == want
-    assert not any(block[128 + 2 * 3 * 16 : 256])
+    assert not any(block[64 + 2 * 3 * 16 : 192])
 
 
 @pytest.mark.parametrize("exponent", [1, 100, 239])
 def test_steps_are_what_the_format_says(exponent: int) -> None:
     every = np.arange(256, dtype=np.uint8)[None]
     no_shift = np.full((5, 1, 256), 8, np.uint8)
-    gain = np.ones((5, 1), np.float32)
-    scales = NestedScales(
-        np.array([exponent], np.uint8), every, np.zeros_like(every), gain, no_shift
-    )
+    scales = NestedScales(np.array([exponent], np.uint8), every, np.zeros_like(every), no_shift)
     s, o = packing.affine(scales, 8, 4)
     for u in range(256):
         want = 2.0 ** (exponent - 127) * (1 + u % 16 / 16) * 2.0 ** (u // 16)
@@ -121,10 +114,6 @@ def test_what_no_store_can_hold_is_refused() -> None:
         wrong = replace(sound, exponent=np.full(8, exponent, np.uint8))
         with pytest.raises(UsageError, match="exponents must be"):
             packing.pack_scales(layout, 0, 0, wrong)
-    for gain in (np.inf, np.nan, 7e4):
-        wrong = replace(sound, gain=np.full((5, 8), gain, np.float32))
-        with pytest.raises(UsageError, match="gains must be"):
-            packing.pack_scales(layout, 0, 0, wrong)
     for level, shift in ((0, 16), (4, 7)):
         changed = sound.shift.copy()
         changed[level] = shift
@@ -132,26 +121,48 @@ def test_what_no_store_can_hold_is_refused() -> None:
             packing.pack_scales(layout, 0, 0, replace(sound, shift=changed))
 
 
-def test_decode_uses_the_steps_of_the_first_and_the_gains_of_the_last_segment() -> None:
-    layout = expert_layout(70, 40, QuantSpec())
+def decoded_by_formula(codes: U8, scales: NestedScales, step_index: int) -> np.ndarray:
+    """A stored matrix at a level of the ladder, in float64."""
+    bits = LEVELS[step_index]
+    group = np.arange(codes.shape[1]) // 128
+    step = 2.0 ** (scales.exponent[:, None].astype(float) - 127 + scales.step // 16)
+    step = (step * (1 + scales.step % 16 / 16))[:, group]
+    cells = (codes >> (8 - bits)) - (2**bits - 1) / 2
+    cells = cells + (scales.shift[step_index][:, group].astype(float) - 8) / 16
+    zero = scales.zero[:, group].astype(float)
+    return np.asarray(step * (2.0 ** (8 - bits) * cells + 127.5 - zero))
+
+
+@pytest.mark.parametrize("max_level", [2, 4, 8])
+@pytest.mark.parametrize("ahead", [0, 32, 160, 170])
+def test_decode_is_the_formula(ahead: int, max_level: int) -> None:
+    """With the steps of the first segment, shifts of the last, ahead columns one level up."""
+    layout = expert_layout(70, 170, QuantSpec(max_level=max_level), ahead)
     codes, scales = random_parts(layout)
     segments = pack_record(layout, codes, scales)
-    for i, level in enumerate(LEVELS):
-        for m, got in enumerate(decode(layout, segments, i)):
-            sc = scales[m]
-            group = np.arange(layout.matrices[m].cols) // 128
-            step = 2.0 ** (sc.exponent[:, None].astype(float) - 127 + sc.step // 16)
-            step = (step * (1 + sc.step % 16 / 16))[:, group]
-            c = (codes[m] >> (8 - level)).astype(np.float64)
-            centred = sc.gain[i][:, None] * (c - (2**level - 1) / 2)
-            shifted = centred + (sc.shift[i][:, group].astype(float) - 8) / 16
-            want = step * (2.0 ** (8 - level) * shifted + 127.5 - sc.zero[:, group].astype(float))
-            np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-4 * step.max())
-    want_last = decode(layout, segments, 4)
-    for lower in segments[1:4]:
-        lower[: int(layout.part_offsets[1, 0, 1])] = 255
-    for got, want in zip(decode(layout, segments, 4), want_last, strict=True):
-        np.testing.assert_array_equal(got, want)
+    assert len(segments) == layout.depth == LEVELS.index(max_level) + 1
+    assert [m.cols for m in layout.matrices] == [70, 70, *(n for n in (ahead, 170 - ahead) if n)]
+    for i in range(layout.depth):
+        parts = [
+            decoded_by_formula(codes[m], scales[m], min(i + (ahead > 0 and m == 2), 4))
+            for m in range(len(codes))
+        ]
+        gate, up, down = decode(layout, segments[: i + 1], i)
+        for got, want in zip((gate, up, down), (*parts[:2], np.hstack(parts[2:])), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("ahead", [0, 64, 170])
+def test_rows_are_those_of_the_whole(ahead: int) -> None:
+    layout = expert_layout(70, 170, QuantSpec(), ahead)
+    segments = pack_record(layout, *random_parts(layout))
+    for i in range(5):
+        for whole, want in enumerate(decode(layout, segments[: i + 1], i)):
+            for first, stop in ((0, 8), (16, 40), (64, len(want))):
+                got = packing.decode_rows(
+                    layout, i, whole, first, stop, lambda n, at, size: segments[n][at : at + size]
+                )
+                np.testing.assert_array_equal(got, want[first:stop])
 
 
 @pytest.mark.parametrize("shape", [(2048, 1024), (2048, 768), (4096, 14336)])
@@ -159,8 +170,8 @@ def test_a_read_at_b_bits_costs_little_more_than_b_bits_a_weight(shape: tuple[in
     """OLMoE, Qwen3-30B-A3B, Mixtral: the whole prefix, scale blocks and padding counted."""
     for max_level in (4, 6, 8):
         layout = expert_layout(*shape, QuantSpec(max_level=max_level))
-        assert layout.quant.levels == tuple(b for b in LEVELS if b <= max_level)
-        for i, level in enumerate(layout.quant.levels):
+        assert layout.levels == tuple(b for b in LEVELS if b <= max_level)
+        for i, level in enumerate(layout.levels):
             assert 8 * layout.prefix_bytes(i) / layout.weights() <= level + 0.40
 
 
@@ -198,16 +209,15 @@ def test_native_packing_equals_its_twin(levels: tuple[int, ...], shape: tuple[in
 
 
 def test_bytes_are_pinned() -> None:
-    """Format version 2: these bytes may never change."""
+    """Format version 3: these bytes may never change."""
     layout = dense_layout(13, 200, QuantSpec())
     codes = [(np.arange(13 * 200, dtype=np.uint32) * 151 % 256).astype(np.uint8).reshape(13, 200)]
     grid = np.arange(26, dtype=np.uint8).reshape(13, 2)
-    gain = np.arange(65, dtype=np.float32).reshape(5, 13) / 64
     shift = np.tile(grid % 16, (5, 1, 1))
     shift[4] = 8
-    scales = [NestedScales(grid[:, 0] + 90, grid * 9, 255 - grid, gain, shift)]
+    scales = [NestedScales(grid[:, 0] + 90, grid * 9, 255 - grid, shift)]
     digest = hashlib.sha256(b"".join(s.tobytes() for s in pack_record(layout, codes, scales)))
-    assert digest.hexdigest() == "bea283ae2e122637841639d975f3bd2cf16f4c6a52e95b3b5606f42a6a10b4a4"
+    assert digest.hexdigest() == "53a1ac96132fa83303851a800a5ed7eb358acf3097dd336c4fae00dd061ff8e3"
 
 
 def test_what_does_not_fit_the_layout_is_refused() -> None:
@@ -217,9 +227,9 @@ def test_what_does_not_fit_the_layout_is_refused() -> None:
         pack_record(layout, [codes[0][:, :32]], scales)
     with pytest.raises(UsageError, match="codes must be uint8"):
         pack_record(layout, [codes[0].astype(np.int8)], scales)
-    with pytest.raises(UsageError, match="5 levels"):
-        pack_record(layout, codes, [replace(scales[0], gain=scales[0].gain[:4])])
-    with pytest.raises(UsageError, match="exponent, step, zero, gain, shift are"):
+    with pytest.raises(UsageError, match="exponent, step, zero, shift are"):
+        pack_record(layout, codes, [replace(scales[0], shift=scales[0].shift[:4])])
+    with pytest.raises(UsageError, match="exponent, step, zero, shift are"):
         pack_record(layout, codes, [replace(scales[0], step=scales[0].step[:4])])
     segments = pack_record(layout, codes, scales)
     segments[1] = segments[1][:-1]

@@ -14,7 +14,7 @@ from store_samples import SUPERBLOCK, TINY, WIDE, Sample, checksum, header_of, m
 
 from edgemoe.errors import OutputError, StoreError, UsageError
 from edgemoe.store import Store, StoreWriter, replace_section, tensor_shapes
-from edgemoe.types import LEVELS, QuantSpec
+from edgemoe.types import LEVELS, ModelConfig, QuantSpec
 
 
 @pytest.fixture
@@ -58,11 +58,11 @@ def test_crc32c_is_the_one_the_format_names() -> None:
         (replace(TINY, dense_layers=(), clip_qkv=8.0, sliding_window=64, bos_token_id=None), 64),
     ],
 )
-def test_what_goes_in_comes_out(tmp_path: Path, config: object, alignment: int) -> None:
-    sample = make_store(tmp_path / "m.emoe", config)  # type: ignore[arg-type]
+def test_what_goes_in_comes_out(tmp_path: Path, config: ModelConfig, alignment: int) -> None:
+    sample = make_store(tmp_path / "m.emoe", config)
     with Store.open(sample.path) as store:
         assert_same(store, sample)
-        assert store.alignment == alignment
+        assert {store.expert_layout(i).alignment for i in config.moe_layers} <= {alignment}
         assert store.metadata == {"source": "random", "note": "ünï"}
         assert store.verify() == []
         refs = [store.expert_segment(*key, i) for key in sample.experts for i in range(5)]
@@ -78,7 +78,7 @@ def test_what_goes_in_comes_out(tmp_path: Path, config: object, alignment: int) 
 
 def test_a_level_is_one_contiguous_read(sample: Sample) -> None:
     with Store.open(sample.path) as store:
-        layout = store.expert_layout
+        layout = store.expert_layout(2)
         data = sample.path.read_bytes()
         first = store.expert_segment(2, 1, 0).offset
         prefix = data[first : first + layout.prefix_bytes(3)]
@@ -97,7 +97,7 @@ def test_superblock_as_documented(sample: Sample) -> None:
         int.from_bytes(a[i : i + n], "little")
         for i, n in ((8, 4), (12, 4), (16, 8), (24, 8), (32, 8), (40, 8))
     ]
-    assert fields == [2, checksum(raw), 1, offset, len(raw), len(data)]
+    assert fields == [3, checksum(raw), 1, offset, len(raw), len(data)]
     assert not any(a[48:4092])
     assert int.from_bytes(a[4092:], "little") == checksum(a[:4092])
     assert list(json.loads(raw)) == [
@@ -121,17 +121,22 @@ def test_two_writes_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_pieces_make_the_same_file_as_segments(tmp_path: Path) -> None:
     whole = make_store(tmp_path / "a")
-    with StoreWriter(tmp_path / "b", TINY, QuantSpec(), {"source": "random", "note": "ünï"}) as w:
+    with Store.open(whole.path) as store:
+        ahead = store.ahead
+    metadata = {"source": "random", "note": "ünï"}
+    with StoreWriter(tmp_path / "b", TINY, QuantSpec(), metadata, ahead) as w:
         for (layer, expert), segments in whole.experts.items():
             record = w.open_expert(layer, expert)
+            layout = record.layout
             for i, data in enumerate(segments):
-                parts = sorted(int(at) for at in record.layout.part_offsets[i].reshape(-1))
-                sizes = [record.layout.scale_parts(i, m)["end"] for m in range(3)]
-                sizes += [
-                    m.plane_bytes(record.layout.added_bits(i)) for m in record.layout.matrices
-                ]
-                for at, size in zip(reversed(parts), reversed(sizes), strict=True):
-                    record.write(i, at, data[at : at + size])
+                steps = [(m, k) for m in range(len(layout.matrices)) for k in layout.steps(m, i)]
+                pieces = []
+                for m, k in steps:
+                    scales, plane = layout.part_offsets[k, m]
+                    size = layout.matrices[m].plane_bytes(layout.added_bits(k))
+                    pieces += [(scales, layout.scale_parts(m, k)["end"]), (plane, size)]
+                for at, size in reversed(pieces):
+                    record.write(i, int(at), data[at : at + size])
                     data[at + size : -(-(at + size) // 64) * 64] = 0  # padding of a part
             record.close()
         for name in tensor_shapes(TINY):

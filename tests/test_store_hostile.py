@@ -62,11 +62,11 @@ HUGE = 1 << 61
 FIELDS: list[tuple[str, Any, str]] = [
     ("format", "other", "not an edgemoe-store header"),
     ("version", 1, "not an edgemoe-store header"),
-    ("version", 2.0, "version is 2.0"),
+    ("version", 3.0, "version is 3.0"),
     ("extra", 1, "unknown key extra"),
     ("model.extra", 1, "model has an unknown key extra"),
     ("quant.extra", 1, "quant has an unknown key extra"),
-    ("experts.extra", 1, "experts has an unknown key extra"),
+    ("experts.0.extra", 1, r"experts\[0\] has an unknown key extra"),
     ("tensors.0.extra", 1, "unknown key extra"),
     ("model", [], "model must be an object"),
     ("model.num_hidden_layers", 10**9, "num_hidden_layers is 1000000000"),
@@ -74,8 +74,8 @@ FIELDS: list[tuple[str, Any, str]] = [
     ("model.num_hidden_layers", 3.0, r"num_hidden_layers is 3\.0"),
     ("model.num_hidden_layers", "3", "num_hidden_layers is '3'"),
     ("model.num_hidden_layers", True, "num_hidden_layers is True"),
-    ("model.num_hidden_layers", 4, "missing"),
-    ("model.num_hidden_layers", 2, "has no tensor"),
+    ("model.num_hidden_layers", 4, "experts has 2 entries, must have 3"),
+    ("model.num_hidden_layers", 2, "experts has 2 entries, must have 1"),
     ("model.num_experts", 1 << 16, "must be"),
     ("model.num_experts", 10**15, "num_experts is"),
     ("model.hidden_size", 1 << 20, "must be"),
@@ -101,19 +101,25 @@ FIELDS: list[tuple[str, Any, str]] = [
     ("quant.group_size", 0, "group_size is 0"),
     ("quant.group_size", 32, "must be"),
     ("quant.group_size", 128.0, "group_size"),
-    ("quant.scale_encoding", "f32", "scale_encoding is 'f32', must be 'e4m4-z8-gain16-shift4'"),
+    ("quant.scale_encoding", "f32", "scale_encoding is 'f32', must be 'e4m4-z8-shift4'"),
     ("quant.plane_layout", 1, "plane_layout is 1"),
-    ("experts.offset", 8256, "experts begins at byte 8256, must at 8192"),
-    ("experts.offset", -64, "experts.offset is -64"),
-    ("experts.offset", HUGE, "begins at byte"),
-    ("experts.offset", 10**30, "integer of 31 digits"),
-    ("experts.offset", 8192.0, "experts.offset is 8192"),
-    ("experts.stride", 64, "experts.stride is 64, must be"),
-    ("experts.alignment", 1, "experts.alignment is 1, must be 64"),
-    ("experts.segments.0.size", 1, r"experts.segments\[0\].size is 1"),
-    ("experts.segments.0.offset", 64, r"experts.segments\[0\].offset is 64"),
-    ("experts.segments", [], "experts.segments"),
-    ("experts.segments", {}, "experts.segments"),
+    ("experts.0.offset", 8256, "experts of layer 0 begins at byte 8256, must at 8192"),
+    ("experts.0.offset", -64, r"experts\[0\].offset is -64"),
+    ("experts.0.offset", HUGE, "begins at byte"),
+    ("experts.0.offset", 10**30, "integer of 31 digits"),
+    ("experts.0.offset", 8192.0, r"experts\[0\].offset is 8192"),
+    ("experts.0.stride", 64, r"experts\[0\].stride is 64, must be"),
+    ("experts.0.alignment", 1, r"experts\[0\].alignment is 1, must be 64"),
+    ("experts.0.segments.0.size", 1, r"experts\[0\].segments\[0\].size is 1"),
+    ("experts.0.segments.0.offset", 64, r"experts\[0\].segments\[0\].offset is 64"),
+    ("experts.0.segments", [], r"experts\[0\].segments"),
+    ("experts.0.segments", {}, r"experts\[0\].segments"),
+    ("experts", {}, "experts is a dict"),
+    ("experts", [], "experts has 0 entries"),
+    ("experts.0.ahead", 31, r"experts\[0\].ahead is 31, must be a multiple of 32"),
+    ("experts.0.ahead", 32, r"experts\[0\].*must be"),
+    ("experts.0.ahead", -32, r"experts\[0\].ahead is -32"),
+    ("experts.0.ahead", None, r"experts\[0\].ahead is None"),
     ("tensors", [], "missing, first embed"),
     ("tensors", {}, "tensors is a dict"),
     ("tensors.0", 5, r"tensors\[0\]"),
@@ -178,7 +184,7 @@ def as_text(old: bytes, new: bytes) -> Callable[[Any], bytes]:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b'"version": 2,', b'"version": 2, "version": 2,', "key version twice"),
+        (b'"version": 3,', b'"version": 3, "version": 3,', "key version twice"),
         (b'"head_dim": 8,', b'"head_dim": 8, "head_dim": 8,', "key head_dim twice"),
         (b'"rope_theta": 10000.0', b'"rope_theta": NaN', "holds NaN"),
         (b'"rope_theta": 10000.0', b'"rope_theta": -Infinity', "holds -Infinity"),
@@ -261,7 +267,7 @@ def test_version_and_reserved_bytes(path: Path) -> None:
     data = path.read_bytes()
     at, raw = header_of(data)
     path.write_bytes(superblock(raw, at, version=1) * 2 + data[2 * SUPERBLOCK :])
-    refuse(path, "format version 1, this edgemoe reads version 2")
+    refuse(path, "format version 1, this edgemoe reads version 3")
     block = bytearray(superblock(raw, at))
     block[1000] = 1
     block[-4:] = checksum(bytes(block[:-4])).to_bytes(4, "little")

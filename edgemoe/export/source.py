@@ -121,7 +121,7 @@ class StoreSource:
         }
         if "tokenizer.json" not in self.files:
             raise StoreError(f"{self.where} has no tokenizer.json; convert it again")
-        levels = store.expert_layout.quant.levels
+        levels = store.quant.expert_levels
         if bits is not None and bits not in levels:
             have = ", ".join(map(str, levels))
             raise UsageError(f"{self.where} has no {bits}-bit experts; it has {have}")
@@ -159,7 +159,7 @@ class StoreSource:
         self, layer: int, expert: int, part: ExpertPart
     ) -> tuple[RecordLayout, Sequence[PlaneRef], int]:
         refs = [self._store.expert_segment(layer, expert, i) for i in range(self._expert_level + 1)]
-        return self._store.expert_layout, refs, EXPERT_PARTS.index(part)
+        return self._store.expert_layout(layer), refs, EXPERT_PARTS.index(part)
 
     def _verify(self, record: Key, refs: Sequence[PlaneRef]) -> None:
         fd = self._store.fileno()

@@ -9,13 +9,13 @@ import numpy as np
 
 from ..errors import KernelError, shown
 from ..layout import ROW_BLOCK, UNIT
-from ..types import F32, LEVELS, U8, NestedScales, QuantSpec
+from ..types import F32, I32, LEVELS, U8, NestedScales, QuantSpec
 from . import dispatch
 from .dispatch import Pool, check
 
 
 def quantize_rows(pool: Pool, w: F32, quant: QuantSpec) -> tuple[U8, NestedScales]:
-    """8-bit codes of weights float32 [rows, cols], and their scales with gains of 1.
+    """8-bit codes of weights float32 [rows, cols], and their scales.
 
     Returns codes uint8 [rows, cols]. Raises KernelError if a weight is NaN or infinite, or the
     weights of a group lie more than 2^127 apart.
@@ -31,15 +31,15 @@ def quantize_rows(pool: Pool, w: F32, quant: QuantSpec) -> tuple[U8, NestedScale
     out = (codes, exponent, step, zero, shift)
     if not dispatch.native.quantize_rows(pool, w, quant.group_size, levels, *out):
         raise KernelError("w: holds NaN, infinity or values beyond 1e38")
-    gain = np.ones((len(levels), rows), np.float32)
-    return codes, NestedScales(exponent, step, zero, gain, shift)
+    return codes, NestedScales(exponent, step, zero, shift)
 
 
 def nest_rows(
     pool: Pool,
     w: F32,
     codes: U8,
-    quant: QuantSpec,
+    starts: I32,
+    bits: I32,
     affine: tuple[F32, F32],
     feedback: F32,
     weight: F32,
@@ -53,24 +53,33 @@ def nest_rows(
     code for several levels).
 
     Args:
-        w: float32 [rows, cols]. affine: (s, o) float32 [levels, rows, groups], w = s * code + o.
+        w: float32 [rows, cols].
+        starts: int32 [groups + 1], first column of each group and, last, cols.
+        bits: int32 [levels, groups], 1 to 8: what a group is read at at each level.
+        affine: (s, o) float32 [levels, rows, groups], w = s * code + o.
         feedback: float32 [cols, cols]; [i, j] is what column j > i makes up of column i's error.
         weight: float32 [levels]. reach: 0 to 255.
     """
     check("w", w, np.float32, None, None)
     rows, cols = w.shape
-    count, groups = len(quant.levels), -(-cols // quant.group_size)
+    count, groups = len(weight), len(starts) - 1
     check("codes", codes, np.uint8, rows, cols)
     check("feedback", feedback, np.float32, cols, cols)
-    check("weight", weight, np.float32, count)
+    check("weight", weight, np.float32, None)
+    check("starts", starts, np.int32, None)
+    check("bits", bits, np.int32, count, groups)
     for name, array in zip("so", affine, strict=True):
         check(name, array, np.float32, count, rows, groups)
     if not 0 <= reach <= 255:
         raise KernelError(f"reach: {reach} is not from 0 to 255")
     if not 1 <= count <= len(LEVELS):
-        raise KernelError(f"levels {quant.levels}: the kernels take 1 to {len(LEVELS)}")
-    args = (feedback, *affine, np.array(quant.levels, np.int32), weight, reach, codes)
-    dispatch.native.nest_rows(pool, w, quant.group_size, *args)
+        raise KernelError(f"weight: {count} levels; the kernels take 1 to {len(LEVELS)}")
+    if groups < 1 or starts[0] != 0 or starts[-1] != cols or (np.diff(starts) < 1).any():
+        raise KernelError(f"starts: expected groups that divide {cols} columns")
+    if not ((bits >= 1) & (bits <= 8)).all():
+        raise KernelError("bits: expected 1 to 8")
+    args = (starts, bits, feedback, *affine, weight, reach, codes)
+    dispatch.native.nest_rows(pool, w, *args)
 
 
 def pack_rows(pool: Pool, codes: U8, levels: Sequence[int]) -> list[U8]:

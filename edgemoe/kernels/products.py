@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 
 def _addresses(layout: RecordLayout, segments: Sequence[U8]) -> U64:
-    levels = len(layout.quant.levels)
-    out = np.zeros(levels, np.uint64)
+    out = np.zeros(layout.depth, np.uint64)
     for i, segment in enumerate(segments):
         check(f"segment {i}", segment, np.uint8, layout.segment_sizes[i])
         out[i] = segment.ctypes.data
@@ -33,11 +32,7 @@ MAX_GROUP_SIZE = 256
 
 def _group_units(layout: RecordLayout) -> int:
     quant = layout.quant
-    if (
-        quant.levels != LEVELS[: len(quant.levels)]
-        or quant.group_size % UNIT
-        or quant.group_size > MAX_GROUP_SIZE
-    ):
+    if quant.levels != LEVELS or quant.group_size % UNIT or quant.group_size > MAX_GROUP_SIZE:
         raise KernelError(
             f"levels {quant.levels} in groups of {quant.group_size}: the kernels take {LEVELS} in "
             f"groups of a multiple of {UNIT} up to {MAX_GROUP_SIZE}"
@@ -59,14 +54,15 @@ class NestedMatrix:
     @classmethod
     def of(cls, layout: RecordLayout, segments: Sequence[U8], index: int = 0) -> NestedMatrix:
         """Matrix `index` of a record whose first len(segments) segments are given."""
-        if not 1 <= len(segments) <= len(layout.quant.levels):
-            raise KernelError(f"expected 1 to {len(layout.quant.levels)} segments")
+        if not 1 <= len(segments) <= layout.depth:
+            raise KernelError(f"expected 1 to {layout.depth} segments")
         mat = layout.matrices[index]
         native = dispatch.native.matrix(
             _addresses(layout, segments),
             layout.part_offsets,
             index,
             len(segments) - 1,
+            mat.ahead,
             mat.rows,
             mat.cols,
             _group_units(layout),
@@ -141,7 +137,7 @@ def experts(
     """
     hidden = layout.matrices[0].cols
     jobs, pairs = levels.shape[0], pair_token.shape[0]
-    depth = len(layout.quant.levels)
+    depth = layout.depth
     check("x", x, np.float32, None, hidden)
     check("levels", levels, np.int32, None)
     check("segments", segments, np.uint64, jobs, depth)
@@ -166,10 +162,16 @@ def experts(
         first_pair,
         pair_token,
         layout.matrices[0].rows,
+        _ahead_columns(layout),
         _group_units(layout),
         out,
     )
     return out
+
+
+def _ahead_columns(layout: RecordLayout) -> int:
+    """Columns of an expert's down that are one level ahead."""
+    return sum(m.cols for m in layout.matrices if m.ahead)
 
 
 def combine(pool: Pool, pair_out: F32, position: I32, weights: F32) -> F32:
@@ -189,7 +191,7 @@ def combine(pool: Pool, pair_out: F32, position: I32, weights: F32) -> F32:
 
 
 def scratch_bytes(
-    layout: RecordLayout,
+    experts: Sequence[RecordLayout],
     dense: Sequence[RecordLayout],
     threads: int,
     n: int,
@@ -200,10 +202,9 @@ def scratch_bytes(
 
     heads: (query heads, KV heads, columns of a head).
     """
-    gate = layout.matrices[0]
-    units = _group_units(layout)
-    return max(
-        dispatch.native.experts_scratch(threads, n, n * k, gate.cols, gate.rows, units),
-        dispatch.native.attention_scratch(threads, n, *heads),
-        *(dispatch.native.linear_scratch(n, d.matrices[0].cols, units) for d in dense),
-    )
+    native, sizes = dispatch.native, [dispatch.native.attention_scratch(threads, n, *heads)]
+    for layout in experts:
+        gate, by = layout.matrices[0], (_ahead_columns(layout), _group_units(layout))
+        sizes.append(native.experts_scratch(threads, n, n * k, gate.cols, gate.rows, *by))
+    sizes += [native.linear_scratch(n, d.matrices[0].cols, _group_units(d)) for d in dense]
+    return max(sizes)

@@ -35,9 +35,13 @@ def float_bytes(store: Store) -> int:
     )
 
 
-def expert_bytes(layout: RecordLayout, level_index: int) -> int:
-    """Arena bytes of one expert at a level."""
-    return sum(align_up(size, 64) for size in layout.segment_sizes[: level_index + 1])
+def expert_bytes(store: Store, level_index: int) -> int:
+    """Arena bytes of all experts at a level."""
+    return sum(
+        align_up(size, 64) * store.config.num_experts
+        for layer in store.config.moe_layers
+        for size in store.expert_layout(layer).segment_sizes[: level_index + 1]
+    )
 
 
 class ResidentExperts:
@@ -46,19 +50,16 @@ class ResidentExperts:
     def __init__(
         self, store: Store, arena: Arena, level_index: int, progress: Progress | None = None
     ) -> None:
-        self.layout = store.expert_layout
         self.level_index = level_index
+        self.bits = store.quant.levels[level_index]
         config = store.config
-        depth = len(self.layout.quant.levels)
+        self._layouts = {layer: store.expert_layout(layer) for layer in config.moe_layers}
         self._address: dict[int, U64] = {}
         self._arena = arena
-        total = (
-            len(config.moe_layers)
-            * config.num_experts
-            * sum(self.layout.segment_sizes[: level_index + 1])
-        )
-        done = 0
+        sizes = [sum(v.segment_sizes[: level_index + 1]) for v in self._layouts.values()]
+        done, total = 0, sum(sizes) * config.num_experts
         for layer in config.moe_layers:
+            depth = self._layouts[layer].depth
             table = np.zeros((config.num_experts, depth), np.uint64)
             for expert in range(config.num_experts):
                 for i in range(level_index + 1):
@@ -70,6 +71,10 @@ class ResidentExperts:
             self._address[layer] = table
             if progress is not None:
                 progress(done, total)
+
+    def layout(self, layer: int) -> RecordLayout:
+        """Of the layer's expert records."""
+        return self._layouts[layer]
 
     def addresses(self, layer: int, experts: I32) -> U64:
         """uint64 [len(experts), levels]: where each segment of these experts lies, 0 if absent."""

@@ -1,23 +1,50 @@
-"""What a text tells of an expert's inputs: how its columns make up for one another's errors.
+"""What a text tells of an expert's inputs: how its columns make up for one another's errors, and
+which of its units matter.
 
 The output error of a matrix with weight errors e is e H e^T, H the second moment of its inputs.
 GPTQ (arXiv 2210.17323) rounds column by column and lets the columns that are still to come make up
 for what was rounded off; how much of it each takes follows from the inverse of H.
+
+Few of an expert's units do most of its work. They are brought to the front, and the columns of down
+that read them are kept one level ahead of the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import UsageError
+from ..layout import UNIT
 from ..types import F32, F64, I32, I64
 
 ExpertMatrices = tuple[F32, F32, F32]
 """gate, up [intermediate, hidden] and down [hidden, intermediate], float32."""
 
-Sink = Callable[[int, int, ExpertMatrices, tuple[F32, F32, F32]], None]
-"""Takes (layer, expert, its matrices, the feedback [cols, cols] of each)."""
+Read = Callable[[int, int], ExpertMatrices]
+"""(layer, expert) -> its matrices."""
+
+
+class Chunk(NamedTuple):
+    """Tokens of an expert, float32.
+
+    inputs: what gate and up read [n, hidden]. middles: what down reads [n, intermediate]. gate2:
+    square of their gate weight [n, 1]. quiet: one over the mean square of the residual [n, 1].
+    """
+
+    inputs: F32
+    middles: F32
+    gate2: F32
+    quiet: F32
+
+    @property
+    def counts(self) -> F32:
+        """How much each token counts for the expert: [n, 1]."""
+        return self.gate2 * self.quiet
+
 
 DAMPING = 0.03
 """Of the mean of H's diagonal, added to it. GPTQ takes 0.01; other texts differ from this one."""
@@ -25,8 +52,17 @@ DAMPING = 0.03
 ENOUGH = 256
 """Tokens an expert is calibrated on at least; one that the text reaches less gets others too."""
 
+AHEAD_SHARE = 0.3125
+"""Of the columns of all down matrices: kept one level ahead."""
+
+_SAMPLE = 128
+"""Tokens that the sink gets of an expert."""
+
 _STRANGER = 0.1
 """Weight of such a token next to one that was routed to the expert with an equal share."""
+
+_SILENT = np.float32(1e-30)
+"""Least mean square of a residual that counts; an embedding may be all zeros."""
 
 _CHUNK = 2048
 """Tokens at a time: bounds what an expert that sees all of a text needs."""
@@ -57,40 +93,55 @@ def feedback(moment: F64) -> F32:
         return shares.astype(np.float32)
 
 
-class CalibratedExperts:
-    """Unquantized experts of a forward pass that hands each to `sink` with what its inputs tell.
+class ExpertInputs(ABC):
+    """Unquantized experts of a forward pass that look at what each of them reads.
 
-    All of the calibration text must come as one batch: an expert is seen once.
+    All of the text must come as one batch: an expert is seen once. A token counts for an expert by
+    the square of its gate weight and, if the pass shows the residual stream to `watch`, by one over
+    that one's mean square: what an error of the expert's output adds to it.
+
+    Args:
+        enough: tokens that an expert is shown at least; where it serves fewer, evenly spaced others
+            of the text count a little too.
 
     Attributes:
-        starved: experts that the text reached with fewer than ENOUGH tokens.
+        starved: experts that served fewer.
     """
 
-    def __init__(
-        self, read: Callable[[int, int], ExpertMatrices], num_experts: int, sink: Sink
-    ) -> None:
-        self._read, self._num_experts, self._sink = read, num_experts, sink
+    def __init__(self, read: Read, num_experts: int, enough: int = ENOUGH) -> None:
+        self._read, self._num_experts, self._enough = read, num_experts, enough
+        self._quiet: F32 | None = None
         self.starved = 0
+
+    @abstractmethod
+    def see(
+        self, layer: int, expert: int, matrices: ExpertMatrices, chunks: Iterator[Chunk]
+    ) -> None:
+        """One expert and its tokens, all of which must be taken."""
+
+    def watch(self, layer: int, residual: F32) -> None:
+        """The residual stream that the layer's experts add to: float32 [n, hidden]."""
+        power = np.square(residual, dtype=np.float32).mean(axis=1)
+        self._quiet = 1 / np.maximum(power, _SILENT)
 
     def __call__(self, layer: int, x: F32, ids: I32, weights: F32) -> F32:
         """x: float32 [n, hidden]; ids int32, weights float32 [n, k] -> float32 [n, hidden]."""
         y = np.zeros_like(x)
+        quiet = np.ones(len(x), np.float32) if self._quiet is None else self._quiet
         for e in range(self._num_experts):
             tokens, slots = np.nonzero(ids == e)
-            share = weights[tokens, slots]
-            matrices = self._read(layer, e)
             others = self._others(tokens, len(x))
-            importance = np.concatenate(
-                [np.square(share), np.full(len(others), _STRANGER / ids.shape[1] ** 2, np.float32)]
-            )
-            rows = np.concatenate([tokens, others])
-            inputs, middles = _moments(x, rows, importance, matrices, y, share)
-            self._sink(layer, e, matrices, (feedback(inputs),) * 2 + (feedback(middles),))
+            strange = np.full(len(others), _STRANGER / ids.shape[1] ** 2, np.float32)
+            gate2 = np.concatenate([np.square(weights[tokens, slots]), strange])
+            matrices, rows = self._read(layer, e), np.concatenate([tokens, others])
+            chunks = _chunks(x, rows, gate2, quiet, matrices, y, weights[tokens, slots])
+            self.see(layer, e, matrices, chunks)
+        self._quiet = None
         return y
 
     def _others(self, tokens: I64, n: int) -> I64:
         """Tokens of the text to add to those of an expert: evenly spaced ones."""
-        missing = min(ENOUGH, n) - len(tokens)
+        missing = min(self._enough, n) - len(tokens)
         if missing <= 0:
             return np.empty(0, np.int64)
         self.starved += 1
@@ -98,24 +149,95 @@ class CalibratedExperts:
         return rest[np.linspace(0, len(rest) - 1, missing).astype(np.int64)]
 
 
-def _moments(
-    x: F32, rows: I64, importance: F32, matrices: ExpertMatrices, y: F32, share: F32
-) -> tuple[F64, F64]:
-    """Second moments of what gate and up read, and of what down reads.
-
-    Adds the expert's outputs, times `share`, to the rows of y that come first in `rows`.
-    """
+def _chunks(
+    x: F32, rows: I64, gate2: F32, quiet: F32, matrices: ExpertMatrices, y: F32, share: F32
+) -> Iterator[Chunk]:
+    """Adds the expert's outputs, times `share`, to the rows of y that come first in `rows`."""
     gate, up, down = matrices
-    inputs = np.zeros((x.shape[1],) * 2)
-    middles = np.zeros((len(gate),) * 2)
     for first in range(0, len(rows), _CHUNK):
         part = rows[first : first + _CHUNK]
-        h, by = x[part], importance[first : first + _CHUNK, None]
+        h = x[part]
         g = h @ gate.T
         with np.errstate(over="ignore"):  # exp of a large gate's negative: the quotient is 0
             a = g / (1 + np.exp(-g)) * (h @ up.T)
-        inputs += h.T @ (h * by)
-        middles += a.T @ (a * by)
         own = share[first : first + _CHUNK]
         y[part[: len(own)]] += (a[: len(own)] @ down.T) * own[:, None]
-    return inputs, middles
+        yield Chunk(h, a, gate2[first : first + _CHUNK, None], quiet[part, None])
+
+
+class UnitSurvey(ExpertInputs):
+    """Finds out how much the error of each column of down would cost."""
+
+    def __init__(self, read: Read, num_experts: int) -> None:
+        super().__init__(read, num_experts)
+        self._cost: dict[int, list[F32]] = {}
+
+    def see(
+        self, layer: int, expert: int, matrices: ExpertMatrices, chunks: Iterator[Chunk]
+    ) -> None:
+        down = matrices[2]
+        cost = np.zeros(down.shape[1], np.float32)
+        for chunk in chunks:
+            cost += (np.square(chunk.middles) * chunk.counts).sum(axis=0)
+        cost *= np.square(down).mean()  # what its codes' steps are in proportion to
+        self._cost.setdefault(layer, []).append(np.nan_to_num(cost, posinf=0))
+
+    def order(self, layer: int, expert: int) -> I64:
+        """Units of an expert, the most important first: int64 [intermediate]."""
+        return np.argsort(-self._cost[layer][expert], kind="stable")
+
+    def ahead(self, share: float = AHEAD_SHARE) -> list[int]:
+        """Columns of down to keep a level ahead in each layer, most costly units of 32 first.
+
+        share: of all columns, over all layers.
+        """
+        ranked = [
+            np.sort(np.stack(experts), axis=1)[:, ::-1].sum(axis=0)
+            for _, experts in sorted(self._cost.items())
+        ]
+        width = len(ranked[0]) if ranked else 0
+        starts = range(0, width, UNIT)
+        blocks = sorted(
+            (-float(costs[at : at + UNIT].sum()), layer, at)
+            for layer, costs in enumerate(ranked)
+            for at in starts
+        )
+        taken = blocks[: int(share * len(blocks))]
+        return [
+            min(UNIT * sum(layer == i for _, layer, _ in taken), width) for i in range(len(ranked))
+        ]
+
+
+Sink = Callable[[int, int, ExpertMatrices, ExpertMatrices, Chunk], None]
+"""Takes (layer, expert, its matrices, the feedback [cols, cols] of each, some of its tokens)."""
+
+
+class CalibratedExperts(ExpertInputs):
+    """Hands each expert, its units in a survey's order, to `sink` with what its inputs tell."""
+
+    def __init__(self, read: Read, num_experts: int, survey: UnitSurvey, sink: Sink) -> None:
+        super().__init__(read, num_experts)
+        self._survey, self._sink = survey, sink
+
+    def see(
+        self, layer: int, expert: int, matrices: ExpertMatrices, chunks: Iterator[Chunk]
+    ) -> None:
+        gate, up, down = matrices
+        inputs, middles = np.zeros((gate.shape[1],) * 2), np.zeros((len(gate),) * 2)
+        sample: Chunk | None = None
+        for chunk in chunks:
+            h, a, counts = chunk.inputs, chunk.middles, chunk.counts
+            inputs += h.T @ (h * counts)
+            middles += a.T @ (a * counts)
+            if sample is None:
+                sample = Chunk(*(part[:_SAMPLE] for part in chunk))
+        if sample is None:
+            raise UsageError("a text of no tokens cannot calibrate")
+        order = self._survey.order(layer, expert)
+        self._sink(
+            layer,
+            expert,
+            (gate[order], up[order], np.ascontiguousarray(down[:, order])),
+            (feedback(inputs),) * 2 + (feedback(middles[np.ix_(order, order)]),),
+            sample._replace(middles=sample.middles[:, order]),
+        )

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -18,17 +19,18 @@ from .. import kernels
 from ..arch import EXPERT_PARTS, ExpertPart, is_nested
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, UsageError, shown
-from ..layout import ROW_BLOCK
-from ..store import RecordWriter, StoreWriter
-from ..types import F32, NestedScales, QuantSpec
-from .calibrate import CalibratedExperts, ExpertMatrices
-from .packing import pack_scales, plane_pieces
+from ..layout import ROW_BLOCK, RecordLayout
+from ..store import RecordWriter, StoreWriter, expert_name
+from ..types import F32, U8, NestedScales, QuantSpec
+from .calibrate import CalibratedExperts, Chunk, ExpertInputs, ExpertMatrices, UnitSurvey
+from .packing import pack_record, plane_pieces, scale_pieces
 from .quantize import quantize_matrix
+from .sensitivity import SECTION, Estimate, measured
 
 Progress = Callable[[int, int, str], None]
 """Called with (weights done, weights in all, part at hand)."""
 
-Calibrate = Callable[[CalibratedExperts], None]
+Calibrate = Callable[[ExpertInputs], None]
 """Runs the checkpoint in float32 over a text, all of it as one batch, with these experts."""
 
 _RUN_WEIGHTS = 1 << 22
@@ -63,6 +65,7 @@ def convert(
     max_level: int | None = None,
     threads: int | None = None,
     calibrate: Calibrate | None = None,
+    serve: Sequence[int] | None = None,
 ) -> ConvertReport:
     """Convert a checkpoint into a store.
 
@@ -76,6 +79,8 @@ def convert(
             GGUF, 8 for a checkpoint).
         threads: that dequantize and quantize; None: one for each CPU this process may use.
         calibrate: lets experts be quantized for the inputs they see; None: weight by weight.
+        serve: with `calibrate`, levels that experts' codes are chosen for; None: all. The others
+            are there, but worse than they could be.
 
     Raises:
         UsageError: `max_level` is no level.
@@ -101,43 +106,26 @@ def convert(
     metadata = {
         "source": shown(checkpoint.path.resolve().name),
         "quantizer": "affine8-nearest" if calibrate is None else "affine8-nested",
+        "sensitivity": "estimated" if calibrate is None else "measured",
     }
-    starved = None
-    with StoreWriter(out, config, quant, metadata) as writer:
-        if calibrate is None:
-            for layer in config.moe_layers:
-                for expert in range(config.num_experts):
-                    record = writer.open_expert(layer, expert)
-                    for m, part in enumerate(EXPERT_PARTS):
-                        _write_matrix(
-                            record, m, _expert_rows(checkpoint, layer, expert, part), meter, pool
-                        )
-                    record.close()
+    survey: UnitSurvey | None = None
+    if calibrate is not None:
+        survey = UnitSurvey(checkpoint.expert, config.num_experts)
+        calibrate(survey)
+    ahead = None if survey is None else survey.ahead()
+    with StoreWriter(out, config, quant, metadata, ahead) as writer:
+        job = _Conversion(checkpoint, writer, pool, meter, serve)
+        if calibrate is None or survey is None:
+            job.write_experts()
         else:
-
-            def write(
-                layer: int, expert: int, matrices: ExpertMatrices, feedback: tuple[F32, F32, F32]
-            ) -> None:
-                record = writer.open_expert(layer, expert)
-                for m, (matrix, by) in enumerate(zip(matrices, feedback, strict=True)):
-                    _write_matrix(record, m, _slices(matrix), meter, pool, by)
-                record.close()
-
-            calibrated = CalibratedExperts(checkpoint.expert, config.num_experts, write)
-            calibrate(calibrated)
-            starved = calibrated.starved
+            calibrate(
+                CalibratedExperts(checkpoint.expert, config.num_experts, survey, job.write_nested)
+            )
         for name in names:
-            if is_nested(name):
-                rows, cols = checkpoint.shape(name)
-                record = writer.open_nested(name, (rows, cols))
-                _write_matrix(record, 0, _dense_rows(checkpoint, name), meter, pool)
-                record.close()
-            else:
-                array = checkpoint.tensor(name)
-                writer.write_f32(name, array)
-                meter.add(array.size, name)
+            job.write_tensor(name)
         for name, data in checkpoint.files.items():
             writer.add_section(name, data)
+        writer.add_section(SECTION, job.sensitivity.astype("<f4").tobytes())
         writer.commit()
     return ConvertReport(
         out=os.fspath(out),
@@ -147,7 +135,7 @@ def convert(
         max_level=quant.max_level,
         file_bytes=os.stat(out).st_size,
         seconds=time.monotonic() - start,
-        starved=starved,
+        starved=None if survey is None else survey.starved,
     )
 
 
@@ -167,47 +155,123 @@ _Rows = Callable[[int, int], F32]
 """Reads rows [first, stop) of one matrix."""
 
 
-def _expert_rows(checkpoint: Checkpoint, layer: int, expert: int, part: ExpertPart) -> _Rows:
-    return lambda first, stop: checkpoint.expert_matrix(layer, expert, part, rows=(first, stop))
+class _Conversion:
+    """A checkpoint on its way into a store.
 
+    Attributes:
+        sensitivity: float32 [layers with experts, experts, levels], see sensitivity.py.
+    """
 
-def _dense_rows(checkpoint: Checkpoint, name: str) -> _Rows:
-    return lambda first, stop: checkpoint.tensor(name, rows=(first, stop))
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        writer: StoreWriter,
+        pool: kernels.Pool,
+        meter: _Meter,
+        serve: Sequence[int] | None,
+    ) -> None:
+        self._checkpoint, self._writer, self._pool, self._meter = checkpoint, writer, pool, meter
+        self._serve = serve
+        config, levels = checkpoint.config, len(writer.quant.expert_levels)
+        shape = len(config.moe_layers), config.num_experts, levels
+        self.sensitivity: F32 = np.zeros(shape, np.float32)
 
+    def _note(self, layer: int, expert: int, values: F32) -> None:
+        self.sensitivity[self._checkpoint.config.moe_layers.index(layer), expert] = values
 
-def _slices(matrix: F32) -> _Rows:
-    return lambda first, stop: matrix[first:stop]
+    def write_experts(self) -> None:
+        """All experts, weight by weight, a run of rows at a time."""
+        source = self._checkpoint
+        for layer in source.config.moe_layers:
+            norm = source.tensor(f"layers.{layer}.post_norm")
+            for expert in range(source.config.num_experts):
+                record = self._writer.open_expert(layer, expert)
+                estimate = Estimate(record.layout)
+                for whole, part in enumerate(EXPERT_PARTS):
+                    read = partial(self._expert_rows, layer, expert, part)
+                    for w, scales in self._write_matrix(record, whole, read):
+                        estimate.add(whole, w, scales)
+                record.close()
+                self._note(layer, expert, estimate.result(norm))
 
+    def _expert_rows(self, layer: int, expert: int, part: ExpertPart, first: int, stop: int) -> F32:
+        return self._checkpoint.expert_matrix(layer, expert, part, rows=(first, stop))
 
-def _write_matrix(
-    record: RecordWriter,
-    m: int,
-    read: _Rows,
-    meter: _Meter,
-    pool: kernels.Pool,
-    feedback: F32 | None = None,
-) -> None:
-    """Quantize matrix m of a record and write its planes and scale blocks."""
-    layout = record.layout
-    matrix = layout.matrices[m]
-    parts: list[NestedScales] = []
-    step = max(_RUN_WEIGHTS // (matrix.cols * ROW_BLOCK), 1) * ROW_BLOCK
-    for first in range(0, matrix.rows, step):
-        stop = min(first + step, matrix.rows)
+    def write_nested(
+        self,
+        layer: int,
+        expert: int,
+        matrices: ExpertMatrices,
+        feedback: ExpertMatrices,
+        sample: Chunk,
+    ) -> None:
+        """One expert, its codes chosen for all levels together: a calibrate.Sink."""
+        layout, what = self._writer.expert_layout(layer), expert_name(layer, expert)
+        parts = []
+        for whole, (w, by) in enumerate(zip(matrices, feedback, strict=True)):
+            parts += self._quantize(what, w, layout, whole, by)
+            self._meter.add(w.size, what)
+        codes, scales = zip(*parts, strict=True)
+        segments = pack_record(layout, codes, scales, self._pool)
+        self._writer.write_expert(layer, expert, segments)
+        self._note(layer, expert, measured(layout, segments, sample, matrices[2]))
+
+    def write_tensor(self, name: str) -> None:
+        """A tensor outside the experts."""
+        source = self._checkpoint
+        if not is_nested(name):
+            array = source.tensor(name)
+            self._writer.write_f32(name, array)
+            self._meter.add(array.size, name)
+            return
+        rows, cols = source.shape(name)
+        record = self._writer.open_nested(name, (rows, cols))
+        for _ in self._write_matrix(
+            record, 0, lambda first, stop: source.tensor(name, rows=(first, stop))
+        ):
+            pass
+        record.close()
+
+    def _write_matrix(
+        self, record: RecordWriter, whole: int, read: _Rows
+    ) -> Iterator[tuple[F32, list[NestedScales]]]:
+        """Write one whole matrix of a record; yields each run of rows and the scales of its parts.
+
+        The scale blocks come last, so all runs must be taken.
+        """
+        layout = record.layout
+        parts = layout.wholes[whole]
+        rows = layout.matrices[parts[0]].rows
+        cols = sum(layout.matrices[m].cols for m in parts)
+        done: list[list[NestedScales]] = []
+        step = max(_RUN_WEIGHTS // (cols * ROW_BLOCK), 1) * ROW_BLOCK
+        for first in range(0, rows, step):
+            w = read(first, min(first + step, rows))
+            run = self._quantize(record.what, w, layout, whole)
+            for m, (codes, _) in zip(parts, run, strict=True):
+                for i, offset, data in plane_pieces(layout, m, first, codes, self._pool):
+                    record.write(i, offset, data)
+            self._meter.add(w.size, record.what)
+            done.append([scales for _, scales in run])
+            yield w, done[-1]
+        for m, runs in zip(parts, zip(*done, strict=True), strict=True):
+            for i, offset, data in scale_pieces(layout, m, _joined(runs)):
+                record.write(i, offset, data)
+
+    def _quantize(
+        self, what: str, w: F32, layout: RecordLayout, whole: int, feedback: F32 | None = None
+    ) -> list[tuple[U8, NestedScales]]:
         try:
-            codes, scales = quantize_matrix(read(first, stop), layout.quant, pool, feedback)
+            return quantize_matrix(w, layout, whole, self._pool, feedback, self._serve)
         except UsageError as exc:
-            raise CheckpointError(f"{record.what}: {exc}") from exc
-        parts.append(scales)
-        for i, offset, data in plane_pieces(layout, m, first, codes, pool):
-            record.write(i, offset, data)
-        meter.add(codes.size, record.what)
-    whole = NestedScales(
-        np.concatenate([part.exponent for part in parts]),
-        np.concatenate([part.step for part in parts]),
-        np.concatenate([part.zero for part in parts]),
-        np.concatenate([part.gain for part in parts], axis=1),
-        np.concatenate([part.shift for part in parts], axis=1),
+            raise CheckpointError(f"{what}: {exc}") from exc
+
+
+def _joined(runs: Sequence[NestedScales]) -> NestedScales:
+    """The scales of a matrix from those of its runs of rows."""
+    return NestedScales(
+        np.concatenate([run.exponent for run in runs]),
+        np.concatenate([run.step for run in runs]),
+        np.concatenate([run.zero for run in runs]),
+        np.concatenate([run.shift for run in runs], axis=1),
     )
-    for i in range(len(layout.quant.levels)):
-        record.write(i, int(layout.part_offsets[i, m, 0]), pack_scales(layout, m, i, whole))

@@ -2,7 +2,7 @@
 
 A group of weights gets a step, rounded up to the five significant bits that a store keeps, and a
 zero point that centres its range; the code is the rounded position. At level b the code names a
-cell of 2^(8-b) positions, decoded as its centre (gain 1), moved by the mean error of the group, in
+cell of 2^(8-b) positions, decoded as its centre, moved by the mean error of the group, in
 sixteenths of a cell: groups with one outlier, or of equal weights, lie in one cell. Centres are not
 least squares, which would shrink weights, and outputs with them.
 
@@ -13,60 +13,114 @@ levels' outputs more than it costs the higher ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .. import kernels
 from ..errors import KernelError, UsageError
-from ..types import F32, U8, NestedScales, QuantSpec
+from ..layout import CODE_BITS, RecordLayout
+from ..types import F32, I32, U8, NestedScales
 from .packing import affine
 
 REACH = 64
 """Steps that a code may lie from the nearest one: the width of a cell of level 2."""
 
 
-def level_weights(quant: QuantSpec) -> F32:
+def level_weights(levels: Sequence[int], serve: Sequence[int] | None = None) -> F32:
     """What an error counts at each level when codes are chosen for all: float32 [levels].
 
-    In units of a cell's width, errors count the same at up to 4 bits; above, where a model's output
-    hardly moves, less; and nothing at levels that are not stored.
+    serve: those that count; None: all.
+
+    In units of a cell's width: above 4 bits, where a model's output hardly moves, errors count
+    less, and at 2, where it moves most, more. docs/quality.md has what the choice does.
     """
     worth = [
-        0.0 if level > quant.max_level else 1.0 if level <= 4 else 0.3 if level <= 6 else 0.03
-        for level in quant.levels
+        5.0 if level <= 2 else 1.0 if level <= 4 else 0.3 if level <= 6 else 0.03
+        for level in levels
     ]
-    cells = [4.0 ** (8 - level) for level in quant.levels]
+    if serve is not None:
+        worth = [w if level in serve else 0.0 for level, w in zip(levels, worth, strict=True)]
+    cells = [4.0 ** (CODE_BITS - level) for level in levels]
     return np.divide(worth, cells).astype(np.float32)
 
 
 def quantize_matrix(
-    w: F32, quant: QuantSpec, pool: kernels.Pool | None = None, feedback: F32 | None = None
-) -> tuple[U8, NestedScales]:
-    """Quantize one matrix, or any run of its rows (rows do not influence one another).
+    w: F32,
+    layout: RecordLayout,
+    whole: int = 0,
+    pool: kernels.Pool | None = None,
+    feedback: F32 | None = None,
+    serve: Sequence[int] | None = None,
+) -> list[tuple[U8, NestedScales]]:
+    """Quantize one whole matrix of a record, or any run of its rows.
+
+    Rows do not influence one another.
 
     Args:
         w: float32 [rows, cols], finite.
-        quant: levels and group size.
+        layout: of the record; says which columns are stored together, and its levels.
+        whole: which of its matrices: 0, 1, 2 of an expert are gate, up, down.
         pool: threads to use; None: one.
         feedback: float32 [cols, cols], see calibrate.feedback; None: nearest codes.
+        serve: levels that codes are chosen for by feedback; None: all.
 
     Returns:
-        codes uint8 [rows, cols], and the scales of all levels.
+        For each stored matrix that the whole one is made of, codes uint8 [rows, cols of it] and the
+        scales of all levels.
 
     Raises:
-        UsageError: w is not a float32 matrix, holds NaN or infinity, or spans so much in one group
-            that decoding it could overflow float32.
+        UsageError: w is not a float32 matrix of so many columns, holds NaN or infinity, or spans so
+            much in one group that decoding it could overflow float32.
     """
-    if w.dtype != np.float32 or w.ndim != 2 or 0 in w.shape:
-        raise UsageError(f"a float32 matrix is needed, not {w.dtype} of shape {w.shape}")
+    parts = layout.wholes[whole]
+    cols = sum(layout.matrices[m].cols for m in parts)
+    if w.dtype != np.float32 or w.ndim != 2 or w.shape[1] != cols or not len(w):
+        raise UsageError(f"a float32 matrix of {cols} columns is needed, not {w.dtype} {w.shape}")
     pool, w = pool or kernels.new_pool(1), np.ascontiguousarray(w)
     try:
-        codes, scales = kernels.quantize_rows(pool, w, quant)
+        pieces = [np.ascontiguousarray(w[:, columns(layout, m)]) for m in parts]
+        out = [kernels.quantize_rows(pool, piece, layout.quant) for piece in pieces]
     except KernelError:
         raise UsageError(
             "weights hold NaN, infinity or values beyond 1e38: not a trained model"
         ) from None
-    if feedback is not None:
-        pairs = [affine(scales, level, i) for i, level in enumerate(quant.levels)]
-        s, o = (np.stack(parts) for parts in zip(*pairs, strict=True))
-        kernels.nest_rows(pool, w, codes, quant, (s, o), feedback, level_weights(quant), REACH)
-    return codes, scales
+    if feedback is None:
+        return out
+    codes = np.concatenate([part for part, _ in out], axis=1)
+    starts, bits = _groups(layout, parts)
+    scales = [by_level(layout, m, scales) for m, (_, scales) in zip(parts, out, strict=True)]
+    s, o = (np.concatenate(pair, axis=2) for pair in zip(*scales, strict=True))
+    weight = level_weights(layout.levels, serve)
+    kernels.nest_rows(pool, w, codes, starts, bits, (s, o), feedback, weight, REACH)
+    return [
+        (np.ascontiguousarray(codes[:, columns(layout, m)]), scales)
+        for m, (_, scales) in zip(parts, out, strict=True)
+    ]
+
+
+def columns(layout: RecordLayout, m: int) -> slice:
+    """Those of its whole matrix that stored matrix m of a record holds."""
+    part = layout.matrices[m]
+    return slice(part.first_col, part.first_col + part.cols)
+
+
+def by_level(layout: RecordLayout, m: int, scales: NestedScales) -> tuple[F32, F32]:
+    """(s, o) of stored matrix m at each level of its record: float32 [levels, rows, groups]."""
+    steps = [layout.matrix_level(m, i) for i in range(layout.depth)]
+    pairs = [affine(scales, layout.quant.levels[k], k) for k in steps]
+    s, o = (np.stack(values) for values in zip(*pairs, strict=True))
+    return s, o
+
+
+def _groups(layout: RecordLayout, parts: Sequence[int]) -> tuple[I32, I32]:
+    """First column of every group, and the end; bits that each is read at at every level."""
+    starts: list[int] = []
+    bits: list[list[int]] = []
+    for m in parts:
+        part = layout.matrices[m]
+        starts += [part.first_col + g * part.group_size for g in range(part.groups)]
+        steps = [layout.matrix_level(m, i) for i in range(layout.depth)]
+        bits += [[layout.quant.levels[k] for k in steps]] * part.groups
+    starts.append(columns(layout, parts[-1]).stop)
+    return np.array(starts, np.int32), np.array(bits, np.int32).T.copy()

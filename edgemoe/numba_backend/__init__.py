@@ -89,18 +89,29 @@ def _check_addresses(segments: U64) -> None:
 
 
 def matrix(
-    segments: U64, offsets: I64, index: int, level: int, rows: int, cols: int, group_units: int
+    segments: U64,
+    offsets: I64,
+    index: int,
+    level: int,
+    ahead: int,
+    rows: int,
+    cols: int,
+    group_units: int,
 ) -> Matrix:
-    """Matrix `index` of a record: offsets [levels, matrices, 2] of its parts in the segments."""
+    """Matrix `index` of a record: offsets [steps, matrices, 2] of its parts in the segments."""
     _check_addresses(segments)
     product = np.zeros(products.FIELDS, np.int64)
     shape = (rows, cols, group_units)
-    products.describe_matrix(product, segments, offsets, index, level, *shape)
+    products.describe_matrix(product, segments, offsets, index, level, ahead, *shape)
     return Matrix(product)
 
 
-def _quantize(pool: Pool, x: F32, group_units: int, acts: Sequence[Any]) -> None:
-    pool.run(products.quantize, x.shape[0], 16 * x.size, x, group_units, *acts)
+def _quantize(
+    pool: Pool, x: F32, begin: int, cols: int, group_units: int, acts: Sequence[Any]
+) -> None:
+    """Columns [begin, begin + cols) of x to codes, scales and sums of groups."""
+    work = 16 * x.shape[0] * cols
+    pool.run(products.quantize, x.shape[0], work, x, begin, cols, group_units, *acts)
 
 
 def _acts(n: int, cols: int, group_units: int) -> list[tuple[type, tuple[int, ...]]]:
@@ -132,7 +143,7 @@ def linear(pool: Pool, x: F32, w: Sequence[Matrix], y: Sequence[F32]) -> None:
     work = n * sum(m.rows * m.cols for m in w)
     with pool.lock:
         acts = pool.carve(*_acts(n, w[0].cols, group_units))
-        _quantize(pool, x, group_units, acts)
+        _quantize(pool, x, 0, x.shape[1], group_units, acts)
         tasks = products.number_tasks(todo)
         pool.run(products.multiply, tasks, work, todo, _ALL_TOKENS, *acts)
 
@@ -143,7 +154,7 @@ def accumulate(pool: Pool, x: F32, w: Matrix, q: I8, scale: F32, out: I32) -> No
     group_units = int(w.product[products.GROUP_UNITS])
     with pool.lock:
         acts = pool.carve(*_acts(x.shape[0], w.cols, group_units))
-        _quantize(pool, x, group_units, acts)
+        _quantize(pool, x, 0, x.shape[1], group_units, acts)
         products.accumulate(w.product, acts[0], q, out)
         scale[:] = acts[1]
 
@@ -195,6 +206,7 @@ def experts(
     first_pair: I32,
     pair_token: I32,
     intermediate: int,
+    ahead: int,
     group_units: int,
     pair_out: F32,
 ) -> None:
@@ -203,22 +215,47 @@ def experts(
     if jobs == 0:
         return
     _check_addresses(segments)
-    wide = np.zeros((2 * jobs, products.FIELDS), np.int64)
-    down = np.zeros((jobs, products.FIELDS), np.int64)
-    work = pairs * hidden * intermediate
+    record = (segments, offsets, levels, first_pair)
     with pool.lock:
-        parts = pool.carve(*_experts_parts(n, pairs, hidden, intermediate, group_units))
-        outer, inner, (gate, up) = parts[:3], parts[3:6], parts[6:]
-        out = (gate, up, pair_out)
-        record = (segments, offsets, levels, first_pair, group_units)
-        products.describe_experts(wide, down, *record, *out)
-        _quantize(pool, x, group_units, outer)
-        tasks = products.number_tasks(wide)
-        pool.run(products.multiply, tasks, 2 * work, wide, pair_token, *outer)
+        parts = pool.carve(*_experts_parts(n, pairs, hidden, intermediate, ahead, group_units))
+        outer, (gate, up, more), inner = parts[:3], parts[3:6], parts[6:]
+        _quantize(pool, x, 0, hidden, group_units, outer)
+        wide = [(i, 0, intermediate, hidden, out) for i, out in enumerate((gate, up))]
+        _run_jobs(pool, record, wide, group_units, pair_token, outer)
         pool.run(floats.silu_mul, pairs, 8 * gate.size, gate, up)
-        _quantize(pool, gate, group_units, inner)
-        tasks = products.number_tasks(down)
-        pool.run(products.multiply, tasks, work, down, _ALL_TOKENS, *inner)
+        for i, (begin, cols, by) in enumerate(_down_columns(intermediate, ahead)):
+            out, acts = more if i else pair_out, inner[3 * i : 3 * i + 3]
+            _quantize(pool, gate, begin, cols, group_units, acts)
+            down = [(2 + i, by, hidden, cols, out)]
+            _run_jobs(pool, record, down, group_units, _ALL_TOKENS, acts)
+            if i:
+                pair_out += more
+
+
+def _down_columns(intermediate: int, ahead: int) -> list[tuple[int, int, int]]:
+    """(first column, columns, levels ahead) of each of an expert's down matrices."""
+    parts = [(0, ahead, 1), (ahead, intermediate - ahead, 0)]
+    return [part for part in parts if part[1]]
+
+
+def _run_jobs(
+    pool: Pool,
+    record: tuple[U64, I64, I32, I32],
+    matrices: Sequence[tuple[int, int, int, int, F32]],
+    group_units: int,
+    tokens: I32,
+    acts: Sequence[Any],
+) -> None:
+    """Products of matrices (index, levels ahead, rows, cols, result) of every job's record.
+
+    record: segments [jobs, levels], offsets, levels [jobs], first_pair [jobs + 1].
+    """
+    todo = np.zeros((len(record[2]) * len(matrices), products.FIELDS), np.int64)
+    for i, (index, by, rows, cols, out) in enumerate(matrices):
+        own = todo[i :: len(matrices)]
+        products.describe_jobs(own, *record, index, by, rows, cols, group_units, out)
+    tasks, work = products.number_tasks(todo), sum(m[3] * m[4].size for m in matrices)
+    pool.run(products.multiply, tasks, work, todo, tokens, *acts)
 
 
 def combine(pool: Pool, pair_out: F32, position: I32, weights: F32, y: F32) -> None:
@@ -293,18 +330,18 @@ def quantize_rows(
 def nest_rows(
     pool: Pool,
     w: F32,
-    group: int,
+    starts: I32,
+    bits: I32,
     feedback: F32,
     s: F32,
     o: F32,
-    levels: I32,
     weight: F32,
     reach: int,
     codes: U8,
 ) -> None:
     """Better codes [rows, cols] of w for all levels together, in place: kernels.nest_rows."""
     with pool.lock:
-        out = (w, group, feedback, s, o, levels, weight, reach, codes)
+        out = (w, starts, bits, feedback, s, o, weight, reach, codes)
         pool.run(conversion.nest_rows, len(w), 8 * w.size * w.shape[1], *out)
 
 
@@ -335,16 +372,24 @@ def linear_scratch(n: int, cols: int, group_units: int) -> int:
 
 
 def _experts_parts(
-    n: int, pairs: int, hidden: int, intermediate: int, group_units: int
+    n: int, pairs: int, hidden: int, intermediate: int, ahead: int, group_units: int
 ) -> list[tuple[type, tuple[int, ...]]]:
-    """Activations going in, those of the middle, and results of gate and up."""
+    """Activations going in, results of gate, up and a second down, activations of the middle."""
     middle = (np.float32, (pairs, intermediate))
-    outer, inner = _acts(n, hidden, group_units), _acts(pairs, intermediate, group_units)
-    return [*outer, *inner, middle, middle]
+    columns = _down_columns(intermediate, ahead)
+    more = (np.float32, (pairs * (len(columns) - 1), hidden))
+    inner = [part for _, cols, _ in columns for part in _acts(pairs, cols, group_units)]
+    return [*_acts(n, hidden, group_units), middle, middle, more, *inner]
 
 
 def experts_scratch(
-    threads: int, n: int, pairs: int, hidden: int, intermediate: int, group_units: int
+    threads: int,
+    n: int,
+    pairs: int,
+    hidden: int,
+    intermediate: int,
+    ahead: int,
+    group_units: int,
 ) -> int:
     """Bytes that `experts` needs.
 
@@ -355,7 +400,7 @@ def experts_scratch(
         for kernel in vars(module).values():
             if isinstance(kernel, Kernel):
                 kernel.compiled()
-    parts = _experts_parts(n, pairs, hidden, intermediate, group_units)
+    parts = _experts_parts(n, pairs, hidden, intermediate, ahead, group_units)
     own = max(_workspace(hidden, group_units), _workspace(intermediate, group_units))
     return _bytes(parts) + threads * own
 

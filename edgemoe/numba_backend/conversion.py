@@ -116,19 +116,19 @@ def quantize_rows(
 
 
 @kernel(
-    *(_INT, _INT, array_in(types.float32, 2), _INT, array_in(types.float32, 2)),
-    *(array_in(types.float32, 3), array_in(types.float32, 3), _LEVELS),
+    *(_INT, _INT, array_in(types.float32, 2), array_in(types.int32, 1), array_in(types.int32, 2)),
+    *(array_in(types.float32, 2), array_in(types.float32, 3), array_in(types.float32, 3)),
     *(array_in(types.float32, 1), _INT, array_out(types.uint8, 2)),
 )
 def nest_rows(
     first: int,
     last: int,
     w: F32,
-    group: int,
+    starts: I32,
+    bits: I32,
     feedback: F32,
     s: F32,
     o: F32,
-    levels: I32,
     weight: F32,
     reach: int,
     codes: U8,
@@ -139,15 +139,18 @@ def nest_rows(
     for row in range(first, last):
         for k in range(count):
             target[k] = w[row]
+        g = 0
         for i in range(cols):
+            if i == starts[g + 1]:
+                g += 1
             low = max(np.int64(codes[row, i]) - reach, 0)
             stop = min(np.int64(codes[row, i]) + reach, 255) + 1
             for code in range(low, stop):
                 costs[code] = np.float32(0)
                 for k in range(count):
-                    drop = 8 - np.int64(levels[k])
-                    value = s[k, row, i // group] * np.float32(code >> drop)
-                    d = value + o[k, row, i // group] - target[k, i]
+                    drop = 8 - np.int64(bits[k, g])
+                    value = s[k, row, g] * np.float32(code >> drop)
+                    d = value + o[k, row, g] - target[k, i]
                     costs[code] += weight[k] * (d * d)
             best = np.int64(codes[row, i])
             for code in range(low, stop):
@@ -155,9 +158,9 @@ def nest_rows(
                     best = code
             codes[row, i] = best
             for k in range(count):
-                drop = 8 - np.int64(levels[k])
-                value = s[k, row, i // group] * np.float32(best >> drop)
-                e = target[k, i] - (value + o[k, row, i // group])
+                drop = 8 - np.int64(bits[k, g])
+                value = s[k, row, g] * np.float32(best >> drop)
+                e = target[k, i] - (value + o[k, row, g])
                 for j in range(i + 1, cols):
                     target[k, j] -= e * feedback[i, j]
 

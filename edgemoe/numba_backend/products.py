@@ -10,8 +10,6 @@ A kernel computes the tasks [first, last) of an operation.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
 from numba import types
@@ -26,19 +24,18 @@ PART_ALIGN = 64
 CHUNK_BLOCKS = 8
 TOKEN_TILE = 64
 
-# A product is a row of int64: the addresses of the planes, of gains, exponents, steps, shifts (0
+# A product is a row of int64: the addresses of the planes, of exponents, steps, shifts (0
 # at 8 bits) and of the result (row-major, its first row that of token FIRST), the matrix, and the
 # tokens it multiplies.
-GAIN, EXPONENT, STEP, SHIFT = range(LEVELS, LEVELS + 4)
-LEVEL, ROWS, COLS, UNITS, GROUP_UNITS, GROUPS = range(LEVELS + 4, LEVELS + 10)
-FIRST, COUNT, OUT, TASK = range(LEVELS + 10, LEVELS + 14)
-FIELDS = LEVELS + 14
+EXPONENT, STEP, SHIFT = range(LEVELS, LEVELS + 3)
+LEVEL, ROWS, COLS, UNITS, GROUP_UNITS, GROUPS = range(LEVELS + 3, LEVELS + 9)
+FIRST, COUNT, OUT, TASK = range(LEVELS + 9, LEVELS + 13)
+FIELDS = LEVELS + 13
 
 _EVERY_BYTE = np.uint64(0x0101010101010101)
 _TWO_WORDS = np.uint64(0x0000000100000001)
 _ZERO, _INT8_MAX = np.float32(0), np.float32(127)
-_HALF, _SIXTEENTH, _MIDDLE = np.float32(0.5), np.float32(0.0625), np.float32(127.5)
-_SUBNORMAL_HALF = np.float32(2.0**-24)
+_HALF, _SIXTEENTH = np.float32(0.5), np.float32(0.0625)
 _SMALLEST_PEAK = np.float32(1e-36)
 
 _INT = types.int64
@@ -53,24 +50,31 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 @kernel(
-    *(_INT, _INT, _F32_2D, _INT),
+    *(_INT, _INT, _F32_2D, _INT, _INT, _INT),
     *(array_out(types.uint64, 3), array_out(types.float32, 2), array_out(types.float32, 2)),
 )
 def quantize(
-    first: int, last: int, x: F32, group_units: int, q: U64, scale: F32, group_sum: F32
+    first: int,
+    last: int,
+    x: F32,
+    begin: int,
+    cols: int,
+    group_units: int,
+    q: U64,
+    scale: F32,
+    group_sum: F32,
 ) -> None:
-    """Rows of x float32 [n, cols] to int8 codes, laid out as above.
+    """Columns [begin, begin + cols) of rows of x float32 [n, ...] to int8 codes, laid out as above.
 
     q uint64 [n, 4, units * 8]; scale float32 [n, units]; group_sum float32 [n, groups].
     """
-    cols = x.shape[1]
     codes = np.empty(UNIT, np.int8)
     words = codes.view(np.uint32)
     for row in range(first, last):
         group_sum[row] = _ZERO
         for u in range(scale.shape[1]):
-            at = u * UNIT
-            n = min(cols - at, UNIT)
+            at = begin + u * UNIT
+            n = min(begin + cols - at, UNIT)
             largest = _ZERO
             for i in range(n):
                 v = abs(x[row, at + i])
@@ -121,43 +125,24 @@ def _unpack(m: I64, block: int, code: U64, spread: U64) -> None:
 
 
 @helper
-def _half_to_float(half: Any) -> Any:
-    bits = np.uint32(half)
-    sign = (bits & np.uint32(0x8000)) << np.uint32(16)
-    exponent = (bits >> np.uint32(10)) & np.uint32(31)
-    mantissa = bits & np.uint32(1023)
-    if exponent == 31:
-        return np.uint32(sign | np.uint32(0x7F800000) | mantissa << np.uint32(13)).view(np.float32)
-    if exponent:
-        exponent += np.uint32(112)
-        wide = np.uint32(sign | exponent << np.uint32(23) | mantissa << np.uint32(13))
-        return wide.view(np.float32)
-    tiny = np.float32(mantissa) * _SUBNORMAL_HALF
-    return -tiny if sign else tiny
-
-
-@helper
 def _scales(m: I64, block: int, scale: F32, offset: F32) -> None:
     """Scales and offsets float32 [groups, 8] of a row block."""
     groups, row = m[GROUPS], block * ROW_BLOCK
-    gains = numba.carray(pointer(m[GAIN] + 2 * row), ROW_BLOCK, np.uint16)
     exponents = numba.carray(pointer(m[EXPONENT] + row), ROW_BLOCK, np.uint8)
     steps = numba.carray(pointer(m[STEP] + 2 * row * groups), (groups, 2, ROW_BLOCK), np.uint8)
     bits = m[LEVEL] + 2 + (m[LEVEL] > 2) + (m[LEVEL] > 3)  # 2, 3, 4, 6, 8
-    mean_code = np.float32((1 << bits) - 1) * _HALF
-    sixteenth = np.float32(1 << (8 - bits)) * _SIXTEENTH
+    cell = np.float32(1 << (8 - bits))
+    centre, sixteenth = (cell - np.float32(1)) * _HALF, cell * _SIXTEENTH
     shifted = bits < 8
     at = m[SHIFT] + row // 2 * groups if shifted else m[STEP]  # any address: not read at 8 bits
     shifts = numba.carray(pointer(at), (groups, ROW_BLOCK // 2), np.uint8)
     for r in range(ROW_BLOCK):
-        gain = _half_to_float(gains[r]) * np.float32(1 << (8 - bits))
-        middle = _MIDDLE - gain * mean_code
         raised = np.uint32(np.uint32(exponents[r]) << np.uint32(23))
         for g in range(groups):
             word = np.uint32(raised + np.uint32(np.uint32(steps[g, 0, r]) << np.uint32(19)))
             step = word.view(np.float32)
-            scale[g, r] = step * gain
-            origin = middle - np.float32(steps[g, 1, r])
+            scale[g, r] = step * cell
+            origin = centre - np.float32(steps[g, 1, r])
             if shifted:
                 nibble = np.int32(shifts[g, r // 2] >> (4 * (r % 2)) & 15) - np.int32(8)
                 origin = origin + np.float32(nibble) * sixteenth
@@ -244,23 +229,29 @@ def number_tasks(products: I64) -> int:
 
 @helper
 def _describe(
-    m: I64, segments: U64, offsets: I64, level: int, rows: int, cols: int, group_units: int
+    m: I64,
+    segments: U64,
+    offsets: I64,
+    level: int,
+    ahead: int,
+    rows: int,
+    cols: int,
+    group_units: int,
 ) -> None:
-    """Fill in the matrix of a product: segments [levels], offsets [levels, 2]."""
-    for s in range(level + 1):
-        m[s] = np.int64(segments[s]) + offsets[s, 1]
+    """Fill in the matrix of a product: segments [levels], offsets [steps, 2]."""
+    last = min(level + ahead, LEVELS - 1)
+    for step in range(last + 1):
+        m[step] = np.int64(segments[max(step - ahead, 0)]) + offsets[step, 1]
     padded_rows = _ceil_div(rows, ROW_BLOCK) * ROW_BLOCK
-    gain_bytes = _ceil_div(2 * padded_rows, PART_ALIGN) * PART_ALIGN
-    m[GAIN] = np.int64(segments[level]) + offsets[level, 0]
-    m[EXPONENT] = np.int64(segments[0]) + offsets[0, 0] + gain_bytes
+    m[EXPONENT] = np.int64(segments[0]) + offsets[0, 0]
     m[STEP] = m[EXPONENT] + _ceil_div(padded_rows, PART_ALIGN) * PART_ALIGN
     groups = _ceil_div(_ceil_div(cols, UNIT), group_units)
-    if level == 0:
+    if last == 0:
         steps = 2 * padded_rows * groups
         m[SHIFT] = m[STEP] + _ceil_div(steps, PART_ALIGN) * PART_ALIGN
-    elif level < LEVELS - 1:
-        m[SHIFT] = m[GAIN] + gain_bytes
-    m[LEVEL] = level
+    elif last < LEVELS - 1:
+        m[SHIFT] = np.int64(segments[last - ahead]) + offsets[last, 0]
+    m[LEVEL] = last
     m[ROWS] = rows
     m[COLS] = cols
     m[UNITS] = _ceil_div(cols, UNIT)
@@ -270,7 +261,7 @@ def _describe(
 
 @kernel(
     *(array_out(types.int64, 1), array_in(types.uint64, 1), array_in(types.int64, 3)),
-    *(_INT, _INT, _INT, _INT, _INT),
+    *(_INT, _INT, _INT, _INT, _INT, _INT),
 )
 def describe_matrix(
     m: I64,
@@ -278,46 +269,40 @@ def describe_matrix(
     offsets: I64,
     index: int,
     level: int,
+    ahead: int,
     rows: int,
     cols: int,
     group_units: int,
 ) -> None:
     """Fill in a product's matrix: number `index` of the record at these segments."""
-    _describe(m, segments, offsets[:, index], level, rows, cols, group_units)
+    _describe(m, segments, offsets[:, index], level, ahead, rows, cols, group_units)
 
 
 @kernel(
-    *(array_out(types.int64, 2), array_out(types.int64, 2)),
-    *(array_in(types.uint64, 2), array_in(types.int64, 3), _I32_1D, _I32_1D, _INT),
-    *(_F32_2D, _F32_2D, _F32_2D),
+    *(types.Array(types.int64, 2, "A"), array_in(types.uint64, 2), array_in(types.int64, 3)),
+    *(_I32_1D, _I32_1D, _INT, _INT, _INT, _INT, _INT, _F32_2D),
 )
-def describe_experts(
-    wide: I64,
-    down: I64,
+def describe_jobs(
+    products: I64,
     segments: U64,
     offsets: I64,
     levels: I32,
     first_pair: I32,
+    index: int,
+    ahead: int,
+    rows: int,
+    cols: int,
     group_units: int,
-    gate_out: F32,
-    up_out: F32,
-    down_out: F32,
+    out: F32,
 ) -> None:
-    """Fill in the products of every job: gate and up in `wide`, down in `down`.
-
-    The results are float32 [pairs, intermediate] twice and [pairs, hidden].
-    """
-    inter, hidden = gate_out.shape[1], down_out.shape[1]
+    """Fill in a product a job: matrix `index` of its record times its pairs; out [pairs, rows]."""
+    by_index = offsets[:, index]
     for j in range(levels.shape[0]):
-        at, level = segments[j], levels[j]
-        _describe(wide[2 * j], at, offsets[:, 0], level, inter, hidden, group_units)
-        _describe(wide[2 * j + 1], at, offsets[:, 1], level, inter, hidden, group_units)
-        _describe(down[j], at, offsets[:, 2], level, hidden, inter, group_units)
-        first = np.int64(first_pair[j])
-        for m, out in ((wide[2 * j], gate_out), (wide[2 * j + 1], up_out), (down[j], down_out)):
-            m[FIRST] = first
-            m[COUNT] = first_pair[j + 1] - first
-            m[OUT] = out.ctypes.data + first * out.shape[1] * 4
+        m, first = products[j], np.int64(first_pair[j])
+        _describe(m, segments[j], by_index, levels[j], ahead, rows, cols, group_units)
+        m[FIRST] = first
+        m[COUNT] = first_pair[j + 1] - first
+        m[OUT] = out.ctypes.data + first * rows * 4
 
 
 @kernel(

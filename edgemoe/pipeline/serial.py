@@ -20,7 +20,7 @@ class SerialExperts:
     @property
     def mean_bits(self) -> float:
         """Bits used / demands; every demand gets the resident level here."""
-        return float(self._resident.layout.quant.levels[self._resident.level_index])
+        return float(self._resident.bits)
 
     def __call__(self, layer: int, x: F32, ids: I32, weights: F32) -> F32:
         """Sum over slots of weight * expert(x).
@@ -31,7 +31,7 @@ class SerialExperts:
         want = hottest_first(ids, np.full((n, k), self._resident.level_index, np.int32))
         pair_out = kernels.experts(
             self._pool,
-            self._resident.layout,
+            self._resident.layout(layer),
             x,
             self._resident.addresses(layer, want.expert),
             want.level_index,

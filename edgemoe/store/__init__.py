@@ -16,7 +16,7 @@ from __future__ import annotations
 from .header import SectionEntry, TensorEntry, tensor_shapes
 from .reader import Store
 from .replace import replace_section
-from .writer import RecordWriter, StoreWriter
+from .writer import RecordWriter, StoreWriter, expert_name
 
 __all__ = [
     "RecordWriter",
@@ -24,6 +24,7 @@ __all__ = [
     "Store",
     "StoreWriter",
     "TensorEntry",
+    "expert_name",
     "replace_section",
     "tensor_shapes",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from ..errors import StoreError, shown
@@ -128,6 +128,24 @@ def check_quant(quant: QuantSpec) -> QuantSpec:
             f"quant.group_size is {quant.group_size}, must be a multiple of {UNIT} up to 4096"
         )
     return quant
+
+
+def check_ahead(ahead: Sequence[int], config: ModelConfig) -> Sequence[int]:
+    """The same columns that are a level ahead, one number a layer with experts, if they can be.
+
+    Raises:
+        StoreError: they cannot: whole units of 32, or all columns of down.
+    """
+    width = config.moe_intermediate_size
+    if len(ahead) != len(config.moe_layers):
+        raise StoreError(f"ahead has {len(ahead)} entries, must have {len(config.moe_layers)}")
+    for i, count in enumerate(ahead):
+        if not (0 <= count <= width and (count % UNIT == 0 or count == width)):
+            raise StoreError(
+                f"experts[{i}].ahead is {show(count)}, must be a multiple of {UNIT} below {width}, "
+                f"or {width}"
+            )
+    return ahead
 
 
 def check_section_name(name: str) -> str:

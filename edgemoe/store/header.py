@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -24,12 +25,15 @@ from ..types import ModelConfig, QuantSpec
 from .checks import LISTS
 
 MAGIC = b"EDGEMOE\0"
-VERSION = 2
+VERSION = 3
 SUPERBLOCK = 4096
 DATA_START = 2 * SUPERBLOCK
 MAX_HEADER = 16 << 20
 MAX_ITEMS = 250_000
 """Brackets, braces and commas a header may hold; bounds the time and memory of parsing it."""
+
+EXPERTS = "experts of layer "
+"""What the regions of experts are called, before the layer's number."""
 
 Kind: TypeAlias = Literal["nested", "f32"]
 TensorShapes: TypeAlias = dict[str, tuple[Kind, tuple[int, ...]]]
@@ -118,7 +122,7 @@ class TensorEntry:
     def size(self) -> int:
         """Bytes it takes in the file, padding after the last segment not counted."""
         if self.layout is not None:
-            return self.layout.prefix_bytes(len(self.layout.quant.levels) - 1)
+            return self.layout.prefix_bytes(self.layout.depth - 1)
         return 4 * math.prod(self.shape)
 
     @property
@@ -162,21 +166,41 @@ def make_entry(shapes: TensorShapes, quant: QuantSpec, name: str, offset: int) -
 
 
 @dataclass(frozen=True)
+class ExpertsEntry:
+    """The experts of one layer: records of one layout, one after the other.
+
+    ahead: of the first columns of down, that are read one level above the rest.
+    """
+
+    offset: int
+    ahead: int
+    layout: RecordLayout
+
+
+def layer_layouts(
+    config: ModelConfig, quant: QuantSpec, ahead: Sequence[int]
+) -> list[RecordLayout]:
+    """Layout of an expert in each layer that has some; equal ones are one object."""
+    sizes = config.hidden_size, config.moe_intermediate_size
+    known = {n: expert_layout(*sizes, quant, n) for n in set(ahead)}
+    return [known[n] for n in ahead]
+
+
+@dataclass(frozen=True)
 class Header:
-    """All that a store's header says. Offsets and sizes in bytes of the file."""
+    """All that a store's header says. Offsets and sizes in bytes of the file.
+
+    experts: one entry a layer with experts.
+    """
 
     config: ModelConfig
     quant: QuantSpec
-    experts_offset: int
+    experts: tuple[ExpertsEntry, ...]
     tensors: dict[str, TensorEntry]
     crc_table: SectionEntry
     sections: dict[str, SectionEntry]
     dead: tuple[tuple[int, int], ...]
     metadata: dict[str, str]
-
-    @cached_property
-    def expert_layout(self) -> RecordLayout:
-        return expert_layout(self.config.hidden_size, self.config.moe_intermediate_size, self.quant)
 
     @cached_property
     def expert_count(self) -> int:
@@ -203,15 +227,10 @@ class Header:
                 "levels": list(self.quant.levels),
                 "max_level": self.quant.max_level,
                 "group_size": self.quant.group_size,
-                "scale_encoding": "e4m4-z8-gain16-shift4",
+                "scale_encoding": "e4m4-z8-shift4",
                 "plane_layout": "r8u32",
             },
-            "experts": {
-                "offset": self.experts_offset,
-                "stride": self.expert_layout.stride,
-                "alignment": self.expert_layout.alignment,
-                "segments": _segments_json(self.expert_layout),
-            },
+            "experts": [_experts_json(entry) for entry in self.experts],
             "tensors": [_tensor_json(t) for t in self.tensors.values()],
             "crc_table": {"offset": table.offset, "size": table.size, "crc32c": table.crc32c},
             "sections": [dataclasses.asdict(s) for s in self.sections.values()],
@@ -231,12 +250,13 @@ class Header:
 
     def regions(self) -> list[tuple[int, int, int, str]]:
         """(offset, size, alignment, what) of all parts of the file but the header itself."""
-        stride, count = self.expert_layout.stride, self.expert_count
         out = [
             (0, DATA_START, 1, "superblocks"),
-            (self.experts_offset, stride * count, self.expert_layout.alignment, "experts"),
             (self.crc_table.offset, self.crc_table.size, PART_ALIGN, "crc_table"),
         ]
+        for layer, entry in zip(self.config.moe_layers, self.experts, strict=True):
+            size = entry.layout.stride * self.config.num_experts
+            out.append((entry.offset, size, entry.layout.alignment, f"{EXPERTS}{layer}"))
         out += [(t.offset, t.size, t.alignment, f"tensor {t.name}") for t in self.tensors.values()]
         out += [(s.offset, s.size, PART_ALIGN, f"section {s.name}") for s in self.sections.values()]
         out += [(offset, size, PART_ALIGN, "dead region") for offset, size in self.dead]
@@ -246,10 +266,19 @@ class Header:
 def _segments_json(layout: RecordLayout) -> list[dict[str, int]]:
     return [
         {"level": b, "offset": o, "size": s}
-        for b, o, s in zip(
-            layout.quant.levels, layout.segment_offsets, layout.segment_sizes, strict=True
-        )
+        for b, o, s in zip(layout.levels, layout.segment_offsets, layout.segment_sizes, strict=True)
     ]
+
+
+def _experts_json(entry: ExpertsEntry) -> dict[str, Any]:
+    layout = entry.layout
+    return {
+        "offset": entry.offset,
+        "ahead": entry.ahead,
+        "stride": layout.stride,
+        "alignment": layout.alignment,
+        "segments": _segments_json(layout),
+    }
 
 
 def _tensor_json(t: TensorEntry) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from .checks import (
     FLOATS,
     LISTS,
     MODEL_KEYS,
+    check_ahead,
     check_complete,
     check_config,
     check_metadata,
@@ -34,11 +35,13 @@ from .header import (
     DATA_START,
     MAX_HEADER,
     VERSION,
+    ExpertsEntry,
     Header,
     SectionEntry,
     Superblock,
     TensorEntry,
     check_bulk,
+    layer_layouts,
     make_entry,
     newest_superblock,
     tensor_shapes,
@@ -124,7 +127,7 @@ def parse_header(raw: bytes, superblock: Superblock) -> Header:
     header = Header(
         config=config,
         quant=quant,
-        experts_offset=_int(top["experts"], "offset", "experts"),
+        experts=_parse_experts(_list(top, "experts", "the header"), config, quant),
         tensors=_parse_tensors(_list(top, "tensors", "the header"), config, quant),
         crc_table=_extent(top["crc_table"], "crc_table", "crc_table"),
         sections=sections,
@@ -236,6 +239,17 @@ def _parse_quant(raw: Any) -> QuantSpec:
     return QuantSpec(
         tuple(levels), _int(raw, "group_size", "quant"), _int(raw, "max_level", "quant")
     )
+
+
+def _parse_experts(
+    items: list[Any], config: ModelConfig, quant: QuantSpec
+) -> tuple[ExpertsEntry, ...]:
+    if len(items) != len(config.moe_layers):
+        raise StoreError(f"experts has {len(items)} entries, must have {len(config.moe_layers)}")
+    offsets = [_int(item, "offset", f"experts[{i}]") for i, item in enumerate(items)]
+    ahead = [_int(item, "ahead", f"experts[{i}]") for i, item in enumerate(items)]
+    layouts = layer_layouts(config, quant, check_ahead(ahead, config))
+    return tuple(map(ExpertsEntry, offsets, ahead, layouts))
 
 
 def _parse_tensors(

@@ -18,6 +18,7 @@ from ..layout import RecordLayout
 from ..types import F32, PlaneRef
 from .file import IO_CHUNK, as_bytes, crc_of_file, read_exactly
 from .header import (
+    EXPERTS,
     SUPERBLOCK,
     Header,
     SectionEntry,
@@ -33,9 +34,8 @@ class Store:
 
     Attributes:
         path: as given to `open`.
-        config, quant, metadata: what the header says.
-        alignment: of expert records and their segments: 4096 or 64.
-        expert_layout: where every part of an expert's record lies.
+        config, quant, metadata: what the header says. ahead: columns of down that are read one
+            level above the rest, in each layer with experts.
         tensors: by canonical name, in file order. sections: by name.
     """
 
@@ -45,12 +45,16 @@ class Store:
         self.path = path
         self._where = shown(path)
         self.config, self.quant, self.metadata = header.config, header.quant, header.metadata
-        self.expert_layout: RecordLayout = header.expert_layout
-        self.alignment = self.expert_layout.alignment
+        self.ahead = tuple(entry.ahead for entry in header.experts)
         self.tensors: dict[str, TensorEntry] = header.tensors
         self.sections: dict[str, SectionEntry] = header.sections
         self._fd, self._block, self._header, self._crcs = fd, block, header, crcs
-        self._ordinals = {layer: i for i, layer in enumerate(self.config.moe_layers)}
+        self._experts = {
+            layer: (i, entry)
+            for i, (layer, entry) in enumerate(
+                zip(self.config.moe_layers, header.experts, strict=True)
+            )
+        }
         self._first_crc: dict[str, int] = {}
         at = header.expert_count * len(self.quant.expert_levels)
         for name, entry in self.tensors.items():
@@ -110,18 +114,23 @@ class Store:
     def expert_segment(self, layer: int, expert: int, level_index: int) -> PlaneRef:
         """Where one segment of one expert lies. UsageError if there is none."""
         experts, levels = self.config.num_experts, len(self.quant.expert_levels)
-        if layer not in self._ordinals or not (0 <= expert < experts and 0 <= level_index < levels):
+        if layer not in self._experts or not (0 <= expert < experts and 0 <= level_index < levels):
             raise UsageError(
                 f"{self._where}: no segment {level_index} of expert {expert} in layer {layer}"
             )
-        index = self._ordinals[layer] * experts + expert
-        layout = self.expert_layout
-        start = self._header.experts_offset + index * layout.stride
+        ordinal, entry = self._experts[layer]
+        index = ordinal * experts + expert
         return PlaneRef(
-            start + layout.segment_offsets[level_index],
-            layout.segment_sizes[level_index],
+            entry.offset + expert * entry.layout.stride + entry.layout.segment_offsets[level_index],
+            entry.layout.segment_sizes[level_index],
             int(self._crcs[index * levels + level_index]),
         )
+
+    def expert_layout(self, layer: int) -> RecordLayout:
+        """Where every part of an expert's record lies; layers with equal ones share the object."""
+        if layer not in self._experts:
+            raise UsageError(f"{self._where}: layer {layer} has no experts")
+        return self._experts[layer][1].layout
 
     def tensor_segments(self, name: str) -> list[PlaneRef]:
         """Where the segments of a nested tensor lie, in level order; one part for a float32 one."""
@@ -178,12 +187,12 @@ class Store:
         """What lies at this offset, for messages."""
         regions = [(start, what) for start, _, what in self._regions()]
         start, what = regions[bisect.bisect_right(regions, (offset, "\U0010ffff")) - 1]
-        layout, levels = self.expert_layout, self.quant.levels
-        if what == "experts":
-            index, inside = divmod(offset - start, layout.stride)
-            ordinal, expert = divmod(index, self.config.num_experts)
+        levels = self.quant.levels
+        if what.startswith(EXPERTS):
+            layer = int(what.removeprefix(EXPERTS))
+            layout = self.expert_layout(layer)
+            expert, inside = divmod(offset - start, layout.stride)
             level = levels[bisect.bisect_right(layout.segment_offsets, inside) - 1]
-            layer = self.config.moe_layers[ordinal]
             return f"layer {layer} expert {expert} segment {level}-bit"
         name = what.removeprefix("tensor ")
         tensor = self.tensors.get(name)
@@ -235,12 +244,12 @@ class Store:
         """(offset, size, CRC32C or None) of all that is not padding, ascending."""
         header = self._header
         for start, size, what in self._regions():
-            if what == "experts":
-                for layer in self.config.moe_layers:
-                    for expert in range(self.config.num_experts):
-                        for i in range(len(self.quant.expert_levels)):
-                            ref = self.expert_segment(layer, expert, i)
-                            yield ref.offset, ref.size, ref.crc32c
+            if what.startswith(EXPERTS):
+                layer = int(what.removeprefix(EXPERTS))
+                for expert in range(self.config.num_experts):
+                    for i in range(len(self.quant.expert_levels)):
+                        ref = self.expert_segment(layer, expert, i)
+                        yield ref.offset, ref.size, ref.crc32c
             elif what.startswith("tensor "):
                 for ref in self.tensor_segments(what.removeprefix("tensor ")):
                     yield ref.offset, ref.size, ref.crc32c
@@ -266,7 +275,9 @@ class Store:
         plain = [t for t in self.tensors.values() if t.layout is None]
         out: dict[str, Any] = {
             "file_bytes": self._block.file_length,
-            "experts": self._nested_report([(self.expert_layout, header.expert_count)]),
+            "experts": self._nested_report(
+                [(entry.layout, self.config.num_experts) for entry in header.experts]
+            ),
             "dense": self._nested_report([(t.layout, 1) for t in nested if t.layout is not None]),
             "float32": {
                 "tensors": len(plain),
@@ -283,7 +294,7 @@ class Store:
     def _nested_report(self, records: list[tuple[RecordLayout, int]]) -> dict[str, Any]:
         """Totals over (layout, how many) of nested records."""
         weights = sum(layout.weights() * n for layout, n in records)
-        levels = records[0][0].quant.levels if records else ()
+        levels = records[0][0].levels if records else ()
         segments = {
             level: sum(layout.segment_sizes[i] * n for layout, n in records)
             for i, level in enumerate(levels)

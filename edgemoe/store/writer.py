@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
 
@@ -15,6 +15,7 @@ from ..kernels import crc32c
 from ..layout import PART_ALIGN, RecordLayout, align_up, dense_layout
 from ..types import F32, U8, ModelConfig, QuantSpec
 from .checks import (
+    check_ahead,
     check_complete,
     check_config,
     check_metadata,
@@ -26,10 +27,12 @@ from .file import AtomicFile, as_bytes, crc_of_file, reporting, write_exactly
 from .header import (
     DATA_START,
     MAGIC,
+    ExpertsEntry,
     Header,
     SectionEntry,
     Superblock,
     TensorEntry,
+    layer_layouts,
     make_entry,
     tensor_shapes,
 )
@@ -54,10 +57,11 @@ class RecordWriter:
         self._owner, self._base = owner, base
         self._left = [  # what no part covers is padding, zero already
             sum(
-                layout.scale_parts(i, m)["end"] + matrix.plane_bytes(layout.added_bits(i))
+                layout.scale_parts(m, k)["end"] + matrix.plane_bytes(layout.added_bits(k))
                 for m, matrix in enumerate(layout.matrices)
+                for k in layout.steps(m, i)
             )
-            for i in range(len(layout.segment_sizes))
+            for i in range(layout.depth)
         ]
 
     def write(self, level_index: int, offset: int, data: NDArray[np.uint8]) -> None:
@@ -83,6 +87,8 @@ class StoreWriter:
         path: the file to make; an existing store is replaced at commit.
         config, quant: what is stored; decides every size and the set of tensors.
         metadata: free strings for `inspect`.
+        ahead: for each layer with experts, how many of the first columns of down are read one level
+            above the rest: a multiple of 32, or all. None: none.
 
     Raises:
         OutputError: the place is not writable or has no room; nothing is left behind. Every method
@@ -96,6 +102,7 @@ class StoreWriter:
         config: ModelConfig,
         quant: QuantSpec,
         metadata: dict[str, str],
+        ahead: Sequence[int] | None = None,
     ) -> None:
         check_config(config)
         check_quant(quant)
@@ -104,12 +111,18 @@ class StoreWriter:
         self._crcs: dict[str, list[int]] = {}
         self._sections: dict[str, bytes] = {}
         table = SectionEntry("crc_table", 0, 0, 0)
+        if ahead is None:
+            ahead = (0,) * len(config.moe_layers)
+        experts, self._end = [], DATA_START
+        layouts = layer_layouts(config, quant, check_ahead(ahead, config))
+        for count, layout in zip(ahead, layouts, strict=True):
+            entry = ExpertsEntry(align_up(self._end, layout.alignment), count, layout)
+            experts.append(entry)
+            self._end = entry.offset + layout.stride * config.num_experts
         self._header = Header(
-            config, quant, DATA_START, {}, table, {}, (), check_metadata(metadata)
+            config, quant, tuple(experts), {}, table, {}, (), check_metadata(metadata)
         )
-        layout = self._header.expert_layout
         self._begun: set[str] = set()
-        self._end = DATA_START + self._header.expert_count * layout.stride
         everything = [make_entry(self._shapes, quant, name, 0) for name in self._shapes]
         self._size = self._end + sum(align_up(t.size, t.alignment) for t in everything)
         self._file = AtomicFile(path, MAGIC)
@@ -180,9 +193,17 @@ class StoreWriter:
         if what in self._begun:
             raise UsageError(f"{what} was written before")
         self._begun.add(what)
-        index = config.moe_layers.index(layer) * config.num_experts + expert
-        layout = self._header.expert_layout
-        return RecordWriter(self, what, layout, self._header.experts_offset + index * layout.stride)
+        entry = self._header.experts[config.moe_layers.index(layer)]
+        return RecordWriter(self, what, entry.layout, entry.offset + expert * entry.layout.stride)
+
+    @property
+    def quant(self) -> QuantSpec:
+        """Levels and groups of what is written."""
+        return self._header.quant
+
+    def expert_layout(self, layer: int) -> RecordLayout:
+        """Of an expert of this layer."""
+        return self._header.experts[self._header.config.moe_layers.index(layer)].layout
 
     def write_expert(
         self, layer: int, expert: int, segments: Iterable[bytes | NDArray[np.uint8]]

@@ -75,7 +75,7 @@ def _calibrate(checkpoint: Checkpoint, tokenizer: Tokenizer, names: Sequence[str
         # Tokens are two bytes or more, but in scripts that the tokenizer hardly knows.
         pieces = _spread(text, 16 * share)
         ids = [i for piece in pieces for i in tokenizer.encode(piece, add_special=False)]
-        chosen += windows(ids, context, share, shown(name))
+        chosen += windows(ids, context, share, tokenizer.first_special(), shown(name))
     return calibration(checkpoint, chosen, kernels.default_threads())
 
 

@@ -64,7 +64,11 @@ def describe(store: Store) -> dict[str, Any]:
         "config": asdict(config),
         "weights": weights,
         "active_weights": _active(store, experts, dense, plain),
-        "quant": {**asdict(store.quant), "alignment": store.alignment},
+        "quant": {
+            **asdict(store.quant),
+            "alignment": max(store.expert_layout(i).alignment for i in config.moe_layers),
+            "columns_ahead": list(store.ahead),
+        },
         "sizes": report,
         "levels": levels,
         "kv_bytes_per_token": {kind: _kv_bytes(config, kind) for kind in KV_TYPES},

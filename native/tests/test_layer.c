@@ -50,20 +50,20 @@ static void compare(const char *name, const void *got) {
 }
 
 static em_matrix matrix(const char *record, const int64_t *offsets, int matrices, int index, int level,
-                        int rows, int cols) {
+                        int ahead, int rows, int cols) {
     uint64_t segments[EM_LEVELS] = {0};
     for (int s = 0; s <= level; s++) {
         char name[64];
         if (snprintf(name, sizeof name, "%s.%d", record, s) >= (int)sizeof name) exit(2);
         segments[s] = (uint64_t)(uintptr_t)blob(name, NULL);
     }
-    return em_matrix_at(segments, offsets + 2 * index, 2 * matrices, level, rows, cols, 2);
+    return em_matrix_at(segments, offsets + 2 * index, 2 * matrices, level, ahead, rows, cols, 2);
 }
 
 static em_matrix dense(const char *name, int level, int rows, int cols) {
     char offsets[32];
     snprintf(offsets, sizeof offsets, "%s.offsets", name);
-    return matrix(name, blob(offsets, NULL), 1, 0, level, rows, cols);
+    return matrix(name, blob(offsets, NULL), 1, 0, level, 0, rows, cols);
 }
 
 static float *floats(size_t n) { return keep(calloc(n, sizeof(float))); }
@@ -71,7 +71,7 @@ static float *floats(size_t n) { return keep(calloc(n, sizeof(float))); }
 static void replay(int threads) {
     const int32_t *dims = blob("dims", NULL);
     const int n = dims[0], h = dims[1], heads = dims[2], kv = dims[3], d = dims[4], experts = dims[5],
-              k = dims[6], inter = dims[7], level = dims[9];
+              k = dims[6], inter = dims[7], level = dims[9], ahead = dims[10];
     const size_t rows = (size_t)n;
     em_pool *pool = em_pool_new(threads);
     if (!pool) exit(2);
@@ -127,9 +127,11 @@ static void replay(int threads) {
         if (!job.count) continue;
         char name[64];
         snprintf(name, sizeof name, "expert%d", e);
-        job.gate = matrix(name, offsets, 3, 0, levels[e], inter, h);
-        job.up = matrix(name, offsets, 3, 1, levels[e], inter, h);
-        job.down = matrix(name, offsets, 3, 2, levels[e], h, inter);
+        job.gate = matrix(name, offsets, 4, 0, levels[e], 0, inter, h);
+        job.up = matrix(name, offsets, 4, 1, levels[e], 0, inter, h);
+        job.down[0] = matrix(name, offsets, 4, 2, levels[e], 1, h, ahead);
+        job.down[1] = matrix(name, offsets, 4, 3, levels[e], 0, h, inter - ahead);
+        job.downs = 2;
         jobs[job_count++] = job;
     }
     float *pair_out = floats((size_t)pairs * (size_t)h);

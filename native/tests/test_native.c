@@ -108,20 +108,14 @@ static random_matrix make(int rows, int cols, int group_units, int level) {
         m.w.plane[s] = m.bytes[s];
     }
     const size_t padded = blocks * EM_ROW_BLOCK, steps = padded * (size_t)m.w.groups * 2;
-    uint8_t *gain = m.bytes[EM_LEVELS] = need(2 * padded);
-    uint8_t *exponent = m.bytes[EM_LEVELS + 1] = need(padded);
-    uint8_t *step = m.bytes[EM_LEVELS + 2] = need(steps);
-    for (size_t i = 0; i < padded; i++) {
-        const uint16_t half = (uint16_t)(0x3800 + next() % 0x800); /* 0.5 to 2 */
-        memcpy(gain + 2 * i, &half, 2);
-        exponent[i] = (uint8_t)(100 + next() % 8);
-    }
+    uint8_t *exponent = m.bytes[EM_LEVELS] = need(padded);
+    uint8_t *step = m.bytes[EM_LEVELS + 1] = need(steps);
+    for (size_t i = 0; i < padded; i++) exponent[i] = (uint8_t)(100 + next() % 8);
     for (size_t i = 0; i < steps; i++) step[i] = (uint8_t)next();
-    m.w.gain = gain;
     m.w.exponent = exponent;
     m.w.step = step;
     if (level < EM_LEVELS - 1) {
-        uint8_t *shift = m.bytes[EM_LEVELS + 3] = need(steps / 4);
+        uint8_t *shift = m.bytes[EM_LEVELS + 2] = need(steps / 4);
         for (size_t i = 0; i < steps / 4; i++) shift[i] = (uint8_t)next();
         m.w.shift = shift;
     }
@@ -129,7 +123,7 @@ static random_matrix make(int rows, int cols, int group_units, int level) {
 }
 
 static void drop(random_matrix *m) {
-    for (int i = 0; i < EM_LEVELS + 4; i++) free(m->bytes[i]);
+    for (int i = 0; i < EM_LEVELS + 3; i++) free(m->bytes[i]);
 }
 
 static em_acts make_acts(const em_matrix *w, int n) {

@@ -3,15 +3,16 @@
 #include "check.h"
 
 typedef struct {
-    int rows, cols, group, levels, reach;
-    const int32_t *level;
+    int rows, cols, groups, levels, reach;
+    const int32_t *starts, *bits;
     const float *w, *feedback, *s, *o, *weight;
 } problem;
 
 static float decoded(const problem *p, int l, int row, int col, int code) {
-    const int groups = (p->cols + p->group - 1) / p->group;
-    const size_t at = (size_t)((l * p->rows + row) * groups + col / p->group);
-    return p->s[at] * (float)(code >> (8 - p->level[l])) + p->o[at];
+    int group = 0;
+    while (p->starts[group + 1] <= col) group++;
+    const size_t at = (size_t)((l * p->rows + row) * p->groups + group);
+    return p->s[at] * (float)(code >> (8 - p->bits[l * p->groups + group])) + p->o[at];
 }
 
 static void plain_row(const problem *p, int row, float *target, uint8_t *codes) {
@@ -40,20 +41,27 @@ static void plain_row(const problem *p, int row, float *target, uint8_t *codes) 
     }
 }
 
-static void try_shape(int rows, int cols, int group, int levels, int reach, int threads) {
-    static const int32_t level[] = {2, 3, 4, 6, 8};
-    const size_t n = (size_t)rows * (size_t)cols, groups = (size_t)((cols + group - 1) / group);
-    const size_t scales = (size_t)(levels * rows) * groups;
+/* Groups of up to `group` columns; those that begin before column `ahead`, where one begins anew, are a
+ * level ahead. */
+static void try_shape(int rows, int cols, int ahead, int group, int levels, int reach, int threads) {
+    static const int32_t level[] = {2, 3, 4, 6, 8, 8};
+    int32_t starts[64] = {0}, bits[EM_LEVELS * 64];
+    int groups = 0;
+    for (int at = 0; at < cols; starts[++groups] = at)
+        at = at < ahead && at + group > ahead ? ahead : at + group < cols ? at + group : cols;
+    for (int l = 0; l < levels; l++)
+        for (int g = 0; g < groups; g++) bits[l * groups + g] = level[l + (starts[g] < ahead)];
+    const size_t n = (size_t)rows * (size_t)cols, scales = (size_t)(levels * rows * groups);
     float *w = floats(n, -1, 1), *feedback = floats((size_t)cols * (size_t)cols, -0.2f, 0.2f);
     float *s = floats(scales, 0.01f, 0.02f), *o = floats(scales, -1, 0);
     float *weight = floats((size_t)levels, 0, 1), *target = need((size_t)(levels * cols) * sizeof(float));
     uint8_t *want = need(n), *got = need(n);
     for (size_t i = 0; i < n; i++) want[i] = got[i] = (uint8_t)next();
-    const problem p = {rows, cols, group, levels, reach, level, w, feedback, s, o, weight};
+    const problem p = {rows, cols, groups, levels, reach, starts, bits, w, feedback, s, o, weight};
     for (int row = 0; row < rows; row++) plain_row(&p, row, target, want + (size_t)row * (size_t)cols);
     em_pool *pool = em_pool_new(threads);
-    CHECK(em_nest_rows(pool, w, rows, cols, group, feedback, s, o, level, weight, levels, reach, got) ==
-          EM_OK);
+    CHECK(em_nest_rows(pool, w, rows, cols, starts, groups, bits, feedback, s, o, weight, levels, reach,
+                       got) == EM_OK);
     CHECK(same(got, want, n));
     em_pool_free(pool);
     free(w), free(feedback), free(s), free(o), free(weight), free(target), free(want), free(got);
@@ -61,11 +69,11 @@ static void try_shape(int rows, int cols, int group, int levels, int reach, int 
 
 int main(void) {
     for (int threads = 1; threads <= 3; threads++) {
-        try_shape(1, 1, 128, 1, 0, threads);
-        try_shape(7, 31, 32, 5, 255, threads);
-        try_shape(8, 64, 64, 3, 10, threads);
-        try_shape(17, 65, 128, 5, 64, threads);
-        try_shape(40, 300, 128, 5, 64, threads);
+        try_shape(1, 1, 0, 128, 1, 0, threads);
+        try_shape(7, 31, 31, 32, 5, 255, threads);
+        try_shape(8, 64, 0, 64, 3, 10, threads);
+        try_shape(17, 65, 32, 128, 5, 64, threads);
+        try_shape(40, 300, 160, 128, 5, 64, threads);
     }
     printf("%d checks, %d failures\n", checks, failures);
     return failures != 0;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +13,28 @@ from edgemoe.terminal.evaluate_output import progress
 from edgemoe.types import F32
 
 from . import d2moe, hessians, levels, scores
+from .experts import Experts, Place, of_store, places
 from .float_scores import float_scores
-from .quantizers import Experts, Place, of_store, quantize
 from .scored_text import ScoredText, tokenizer_of
+from .stores import CalibrationText
 from .work import Work, identity, say
 
 
 def calibrate(
-    checkpoint: Checkpoint, source: Path, size: int, ctx: int, work: Work
+    checkpoint: Checkpoint, source: CalibrationText, ctx: int, work: Work
 ) -> hessians.Hessians:
-    """Hessians of all experts' inputs from the first `size` bytes of a text, in windows of ctx."""
+    """Hessians of all experts' inputs from a text, in windows of ctx."""
 
     def make(out: Path) -> None:
-        text = hessians.read_calibration(source, size)
-        ids = tokenizer_of(checkpoint).encode(text, add_special=False)
-        with progress("calibration") as report:
-            found = hessians.collect(checkpoint, ids, ctx, report)
+        ids = tokenizer_of(checkpoint).encode(source.read(), add_special=False)
+        found = hessians.collect(checkpoint, ids, ctx)
         idle = int((found.counts == 0).sum())
         say(f"calibrated on {len(ids)} tokens; {idle} experts served none")
         found.save(out)
 
     files = [identity(f) for f in checkpoint.fingerprint_files()]
-    key = {"checkpoint": files, "source": identity(source), "size": size, "ctx": ctx}
-    return hessians.Hessians.load(work.product(f"hessians-{size}.npz", key, make).path)
+    key = {"checkpoint": files, "ctx": ctx} | source.key()
+    return hessians.Hessians.load(work.product("hessians.npz", key, make).path)
 
 
 def measure(
@@ -52,9 +52,6 @@ def measure(
     """
     out: dict[str, list[dict[str, Any]]] = {"d2moe": [], "store": []}
 
-    def quantizer(place: Place, w: F32, wanted: tuple[int, ...]) -> dict[int, F32]:
-        return dict(d2moe.quantize(w, known.of(place), wanted, damp=damp))
-
     def one(name: str, experts: Experts, what: dict[str, Any]) -> dict[str, Any]:
         with scores.references(checkpoint, text) as reference:
             found = float_scores(checkpoint, experts, text, reference, name)
@@ -66,7 +63,7 @@ def measure(
     for variant in (d2moe.V1, d2moe.V2):
         start = time.monotonic()
         with progress(f"D2MoE {variant.name}") as report:
-            made = quantize(checkpoint, quantizer, variant.levels, report)
+            made = _quantized(checkpoint, known, variant, damp, report)
         say(f"D2MoE {variant.name}: quantized in {time.monotonic() - start:.1f} s")
         for level in variant.levels:
             bits = variant_bits(checkpoint, variant, level)
@@ -80,6 +77,25 @@ def measure(
             one(f"decoded-{store.stem}-{level}", experts, {"level": level, "bits": bits})
         )
     return out
+
+
+def _quantized(
+    checkpoint: Checkpoint,
+    known: hessians.Hessians,
+    variant: d2moe.Variant,
+    damp: float,
+    report: Callable[[int, int], None],
+) -> dict[int, Experts]:
+    """Every expert at every level, float32 in memory: 4 bytes a weight and level."""
+    out: dict[int, dict[Place, F32]] = {level: {} for level in variant.levels}
+    todo = places(checkpoint)
+    for i, place in enumerate(todo):
+        w = checkpoint.expert_matrix(place.layer, place.expert, place.part)
+        found = d2moe.quantize(w, known.of(place), variant.levels, damp=damp)
+        for level, decoded in found.items():
+            out[level][place] = decoded
+        report(i + 1, len(todo))
+    return dict(out)
 
 
 def variant_bits(checkpoint: Checkpoint, variant: d2moe.Variant, level: int) -> float:

@@ -13,7 +13,7 @@ from edgemoe.reference_logits import float_logits, plan_float
 from edgemoe.terminal.evaluate_output import progress
 from edgemoe.types import F64
 
-from .quantizers import Experts, Requantized
+from .experts import Experts, Requantized
 from .scored_text import ScoredText
 
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from edgemoe import kernels
+from edgemoe.calibration import calibration
 from edgemoe.checkpoint import Checkpoint
-from edgemoe.cpu_attn.kv_cache import OnePass
-from edgemoe.errors import UsageError, shown
-from edgemoe.model import Span, hidden
-from edgemoe.reference import silu
-from edgemoe.types import F32, I32, I64
-from edgemoe.weights import InMemory, from_checkpoint
+from edgemoe.errors import UsageError
+from edgemoe.mwq.calibrate import Chunk, ExpertInputs, ExpertMatrices
+from edgemoe.types import F32, I64
 
-from .quantizers import Place
-
-BATCH = 4
-"""Windows that go through the model together."""
+from .experts import Place
 
 
 @dataclass(frozen=True)
@@ -61,45 +56,35 @@ class Hessians:
             return cls(file["inputs"], file["middles"], file["counts"], layers)
 
 
-class _Recorder:
-    """Experts in float32 that add up the second moments of all they are given."""
+class _Recorder(ExpertInputs):
+    """Adds up the second moments of what experts read, every token of theirs counting the same."""
 
-    def __init__(self, source: InMemory) -> None:
-        config = source.config
-        self._source, self._layers = source, config.moe_layers
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        config = checkpoint.config
+        super().__init__(checkpoint.expert, config.num_experts, enough=0)
+        self._layers = config.moe_layers
         shape = len(config.moe_layers), config.num_experts
         width, middle = config.hidden_size, config.moe_intermediate_size
         self._inputs = np.zeros((*shape, width, width), np.float32)
         self._middles = np.zeros((*shape, middle, middle), np.float32)
         self._counts = np.zeros(shape, np.int64)
 
-    def __call__(self, layer: int, x: F32, ids: I32, weights: F32) -> F32:
-        y, at = np.zeros_like(x), self._layers.index(layer)
-        for e in np.unique(ids):
-            gate, up, down = self._source.expert(layer, int(e))
-            token, slot = np.nonzero(ids == e)
-            h = x[token]
-            mid = (silu((h @ gate.T).astype(np.float64)) * (h @ up.T)).astype(np.float32)
-            y[token] += (mid @ down.T) * weights[token, slot][:, None]
-            self._inputs[at, e] += h.T @ h
-            self._middles[at, e] += mid.T @ mid
-            self._counts[at, e] += len(token)
-        return y
+    def see(
+        self, layer: int, expert: int, matrices: ExpertMatrices, chunks: Iterator[Chunk]
+    ) -> None:
+        at = self._layers.index(layer), expert
+        for chunk in chunks:
+            self._inputs[at] += chunk.inputs.T @ chunk.inputs
+            self._middles[at] += chunk.middles.T @ chunk.middles
+            self._counts[at] += len(chunk.inputs)
 
     def result(self) -> Hessians:
         per = np.maximum(self._counts, 1)[..., None, None].astype(np.float32)
         return Hessians(self._inputs / per, self._middles / per, self._counts, self._layers)
 
 
-def collect(
-    checkpoint: Checkpoint,
-    ids: Sequence[int],
-    ctx: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> Hessians:
-    """Over whole windows of `ctx` tokens; the model's weights are held in memory as float32.
-
-    progress: called with (windows done, in all).
+def collect(checkpoint: Checkpoint, ids: Sequence[int], ctx: int) -> Hessians:
+    """Over whole windows of `ctx` tokens, all of which go through the model together.
 
     Raises:
         UsageError: the text is shorter than a window.
@@ -109,27 +94,7 @@ def collect(
         raise UsageError(
             f"the calibration text has {len(ids)} tokens, less than a window of {ctx}: give more"
         )
-    todo = np.array(ids[: count * ctx], np.int64).reshape(count, ctx)
-    source = InMemory(checkpoint)
-    weights, recorder = from_checkpoint(source), _Recorder(source)
-    pool = kernels.new_pool(kernels.default_threads())
-    for first in range(0, count, BATCH):
-        part = todo[first : first + BATCH]
-        spans = [Span(OnePass(checkpoint.config), ctx) for _ in part]
-        hidden(weights, recorder, pool, part.reshape(-1), spans)
-        if progress is not None:
-            progress(min(first + BATCH, count), count)
+    recorder = _Recorder(checkpoint)
+    text = list(np.array(ids[: count * ctx], np.int64).reshape(count, ctx))
+    calibration(checkpoint, text, kernels.default_threads())(recorder)
     return recorder.result()
-
-
-def read_calibration(path: Path, size: int) -> str:
-    """The first `size` bytes of a text, whole characters; markers stay in.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return file.read(size).decode("utf-8", errors="ignore")
-    except OSError as exc:
-        raise UsageError(f"{shown(path)}: cannot be read: {exc.strerror}") from None

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgemoe import kernels, mwq
+from edgemoe import kernels
 from edgemoe.checkpoint import Checkpoint
 from edgemoe.engine import Model, load
 from edgemoe.errors import UsageError, shown
 from edgemoe.evaluate import LOGITS, Runner, TokenScores, rows_at_once, score_windows, scratch_bytes
 from edgemoe.model import Span
-from edgemoe.mwq.convert import convert
 from edgemoe.reference_cache import ReferenceFile
 from edgemoe.reference_logits import TOP
 from edgemoe.store import Store
@@ -27,22 +25,6 @@ from .scored_text import ScoredText
 from .work import Work, identity, say
 
 DENSE_BITS = 8
-
-
-def converted(checkpoint: Checkpoint, work: Work) -> Path:
-    """A store of the checkpoint with all levels, made in the work directory.
-
-    It is made again when a file of edgemoe.mwq changes; of changes in native code it knows nothing.
-    """
-
-    def make(out: Path) -> None:
-        with progress("conversion") as report:
-            convert(checkpoint, out, max_level=8, progress=lambda a, b, _: report(a, b))
-
-    sources = sorted(Path(mwq.__file__).parent.glob("*.py"))
-    method = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    files = [identity(f) for f in checkpoint.fingerprint_files()]
-    return work.product("converted.emoe", {"checkpoint": files, "method": method}, make).path
 
 
 def measure(
@@ -83,10 +65,11 @@ def measure(
 
 def expert_bits(store: Store) -> dict[int, float]:
     """Bits a weight of the read that brings an expert to each level it has."""
-    layout = store.expert_layout
+    layouts = [store.expert_layout(layer) for layer in store.config.moe_layers]
+    weights = sum(layout.weights() for layout in layouts)
     return {
-        level: 8 * layout.prefix_bytes(i) / layout.weights()
-        for i, level in enumerate(layout.quant.levels)
+        level: 8 * sum(layout.prefix_bytes(i) for layout in layouts) / weights
+        for i, level in enumerate(store.quant.expert_levels)
     }
 
 

@@ -9,13 +9,13 @@ from typing import Any
 from edgemoe.checkpoint import Checkpoint
 from edgemoe.errors import UsageError
 from edgemoe.evaluate import Comparison, compare
-from edgemoe.terminal.evaluate_output import progress
 from edgemoe.types import F64
 
 from . import scores
+from .experts import of_store
 from .float_scores import float_scores
-from .quantizers import Experts, find, of_store, quantize
 from .scored_text import ScoredText
+from .stores import CalibrationText, converted
 from .work import Work, identity, say
 
 RESAMPLES = 10_000
@@ -51,70 +51,33 @@ def of_files(nested: Path, dedicated: Path) -> dict[str, Any]:
     return bootstrap(a.kld, b.kld)
 
 
-class Side:
-    """One side of the comparison: a quantizer, or stores, "{level}" in whose name is filled in."""
-
-    def __init__(self, checkpoint: Checkpoint, spec: str, levels: Sequence[int], alone: bool):
-        self._checkpoint, self._spec, self._levels, self._alone = checkpoint, spec, levels, alone
-        self._store = spec.endswith(".emoe")
-        self._quantizer = None if self._store else find(spec)
-        self._all: dict[int, Experts] = {}
-
-    def key(self, level: int) -> dict[str, Any]:
-        """What decides the experts at this level, but for a quantizer's code."""
-        if self._store:
-            return {"store": identity(self._path(level))}
-        asked = [level] if self._alone else list(self._levels)
-        return {"quantizer": self._spec, "levels": asked, "level": level}
-
-    @property
-    def fresh(self) -> bool:
-        """Whether scores must be made again: a quantizer's code may have changed."""
-        return not self._store
-
-    def experts(self, level: int) -> Experts:
-        """Every expert at this level."""
-        if self._quantizer is None:
-            return of_store(self._checkpoint, self._path(level), level)
-        with progress(f"{self._spec}, {level} bits") as report:
-            if self._alone:
-                return quantize(self._checkpoint, self._quantizer, [level], report)[level]
-            if not self._all:
-                self._all = quantize(self._checkpoint, self._quantizer, self._levels, report)
-        return self._all[level]
-
-    def _path(self, level: int) -> Path:
-        return Path(self._spec.replace("{level}", str(level)))
-
-
 def measure(
     checkpoint: Checkpoint,
-    nested: str,
-    dedicated: str,
+    calibration: CalibrationText,
     levels: Sequence[int],
     text: ScoredText,
     work: Work,
 ) -> list[dict[str, Any]]:
     """The ratio at each level, both sides in float32 but for their experts; JSON-ready.
 
-    nested, dedicated: quantizers or stores, see Side.
+    Nested is a store calibrated for all levels; dedicated, level by level, the same conversion with
+    codes chosen for that one alone. Both have the same steps, zero points and columns ahead, so the
+    same bits.
     """
-    a = Side(checkpoint, nested, levels, alone=False)
-    b = Side(checkpoint, dedicated, levels, alone=True)
-    out = []
+    nested, out = converted(checkpoint, work, calibration), []
     with scores.references(checkpoint, text) as known:
         for level in levels:
+            alone = converted(checkpoint, work, calibration, level)
             files = []
-            for side, role in ((a, "nested"), (b, "dedicated")):
-                key = side.key(level) | {"text": text.digest}
+            for store, role in ((nested, "nested"), (alone, "dedicated")):
+                key = {"store": identity(store), "level": level, "text": text.digest}
 
-                def make(path: Path, side: Side = side, level: int = level) -> None:
-                    what = f"{level} bits in float32"
-                    found = float_scores(checkpoint, side.experts(level), text, known, what)
+                def make(path: Path, store: Path = store, level: int = level) -> None:
+                    experts = of_store(checkpoint, store, level)
+                    found = float_scores(checkpoint, experts, text, known, f"{level} bits")
                     scores.save(path, found, text)
 
-                name = f"{role}-{level}-{text.name}.npz"
-                files.append(work.product(name, key, make, fresh=side.fresh).path)
+                files.append(work.product(f"{role}-{level}-{text.name}.npz", key, make).path)
             result = of_files(files[0], files[1])
             out.append({"level": level} | result)
             low, high = result["ratio_low"], result["ratio_high"]
