@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import gc
 import inspect
 import json
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -358,32 +356,6 @@ def test_it_offers_what_the_native_module_does(numba_only: None) -> None:
             assert node.name in numba_backend.__all__
 
 
-def workers() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith("edgemoe")]
-
-
-def test_threads_are_those_asked_for_and_end_with_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    gc.collect()
-    x = np.ones((64, 2048), np.float32)
-    before = len(workers())
-    small = numba_backend.Pool(4)
-    numba_backend.rmsnorm(small, x[:1], x[0], 1e-6, np.empty_like(x[:1]))
-    assert len(workers()) == before  # too little work to wake anyone for
-    monkeypatch.setattr(pools, "SHARE", 1)
-    for threads in (1, 2, 5):
-        pool = numba_backend.Pool(threads)
-        assert pool.threads == threads
-        numba_backend.linear_f32(pool, x, x, np.empty((64, 64), np.float32))
-        assert before <= len(workers()) <= before + threads - 1
-        assert (len(workers()) > before) == (threads > 1)
-        del pool
-        gc.collect()
-        deadline = time.monotonic() + 10
-        while len(workers()) > before and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert len(workers()) == before
-
-
 def test_one_pool_serves_many_callers(same: Same) -> None:
     rng = np.random.default_rng(4)
     layout = expert_layout(96, 64, QuantSpec())
@@ -406,25 +378,6 @@ def test_one_pool_serves_many_callers(same: Same) -> None:
         return out
 
     same(case)
-
-
-def test_an_interrupt_waits_for_the_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "SHARE", 1)
-    ended = []
-
-    class Slow:
-        def compiled(self) -> Callable[[int, int], None]:
-            return self.part
-
-        def part(self, first: int, last: int) -> None:
-            if first == 0:
-                raise KeyboardInterrupt
-            time.sleep(0.2)
-            ended.append(first)
-
-    with pytest.raises(KeyboardInterrupt):
-        numba_backend.Pool(3).run(Slow(), 3, 3)  # type: ignore[arg-type]
-    assert sorted(ended) == [1, 2]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
