@@ -8,46 +8,41 @@
 
 static int supported(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
 
-/* top[t]: columns 4t .. 4t + 3 of 8 rows, the top six bits (fewer at lower levels) of every code;
- * low[t]: the last two bits of level-8 codes. */
+/* Sums in int16, of fourfold codes apart, or, of six-bit codes, in int32. Eight products of a pair of
+ * codes below 16, at most 15 * 127 * 2 each, fit in int16; of six-bit codes two. */
 typedef struct {
-    __m256i top[8], low[8];
-} codes;
+    __m256i sum, fourfold;
+} sums;
 
-INLINE void unpack(em_unit u, int level, codes *c) {
-#pragma GCC unroll 8
-    for (int t = 0; t < 8; t++) {
-        c->top[t] = top_codes(&u, level, t);
-        if (level == 4) c->low[t] = low_codes(&u, t);
+INLINE void sums_add(sums *s, int level, int half, const b32 v[4], const x16 *x) {
+    __m256i p[4];
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; t++) p[t] = _mm256_maddubs_epi16(v[t], x->v[t]);
+    if (level == 3) {
+        const __m256i ones = _mm256_set1_epi16(1);
+        const __m256i four = _mm256_add_epi32(_mm256_madd_epi16(_mm256_add_epi16(p[0], p[1]), ones),
+                                              _mm256_madd_epi16(_mm256_add_epi16(p[2], p[3]), ones));
+        s->sum = half ? _mm256_add_epi32(s->sum, four) : four;
+        return;
+    }
+    const __m256i even = _mm256_add_epi16(p[0], p[2]), odd = _mm256_add_epi16(p[1], p[3]);
+    if (level == 0) {
+        s->sum = half ? _mm256_add_epi16(s->sum, even) : even;
+        s->fourfold = half ? _mm256_add_epi16(s->fourfold, odd) : odd;
+    } else {
+        s->sum = half ? _mm256_add_epi16(s->sum, _mm256_add_epi16(even, odd)) : _mm256_add_epi16(even, odd);
     }
 }
 
-/* Products of codes below 16 are at most 15 * 127 * 2 a pair, so eight of them fit in int16;
- * six-bit codes allow two. */
-INLINE __m256i dots(const codes *c, int level, const int8_t *q) {
+INLINE i8x sums_done(const sums *top, const sums *low, int level) {
     const __m256i ones = _mm256_set1_epi16(1);
-    if (level <= 2) {
-        __m256i s16 = _mm256_setzero_si256();
-#pragma GCC unroll 8
-        for (int t = 0; t < 8; t++)
-            s16 = _mm256_add_epi16(s16, _mm256_maddubs_epi16(c->top[t], broadcast4(q + 4 * t)));
-        return _mm256_madd_epi16(s16, ones);
-    }
-    __m256i sum = _mm256_setzero_si256();
-#pragma GCC unroll 4
-    for (int t = 0; t < 8; t += 2) {
-        const __m256i s16 = _mm256_add_epi16(_mm256_maddubs_epi16(c->top[t], broadcast4(q + 4 * t)),
-                                             _mm256_maddubs_epi16(c->top[t + 1], broadcast4(q + 4 * t + 4)));
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(s16, ones));
-    }
-    if (level == 4) {
-        __m256i s16 = _mm256_setzero_si256();
-#pragma GCC unroll 8
-        for (int t = 0; t < 8; t++)
-            s16 = _mm256_add_epi16(s16, _mm256_maddubs_epi16(c->low[t], broadcast4(q + 4 * t)));
-        sum = _mm256_add_epi32(_mm256_slli_epi32(sum, 2), _mm256_madd_epi16(s16, ones));
-    }
-    return sum;
+    if (level == 0)
+        return _mm256_madd_epi16(_mm256_add_epi16(top->sum, _mm256_srai_epi16(top->fourfold, 2)), ones);
+    if (level == 1) return _mm256_srai_epi32(_mm256_madd_epi16(top->sum, ones), 1);
+    if (level == 2) return _mm256_madd_epi16(top->sum, ones);
+    if (level == 3) return top->sum;
+    return _mm256_add_epi32(_mm256_madd_epi16(top->sum, _mm256_set1_epi16(16)),
+                            _mm256_madd_epi16(low->sum, ones));
 }
 
 #define ISA_BODY

@@ -19,26 +19,25 @@ static int supported(void) {
 }
 #endif
 
-/* all[t]: columns 4t .. 4t + 3 of 8 rows, the whole code at the level. */
+/* Sums in int32, of fourfold codes apart. */
 typedef struct {
-    __m256i all[8];
-} codes;
+    __m256i sum, fourfold;
+} sums;
 
-INLINE void unpack(em_unit u, int level, codes *c) {
-#pragma GCC unroll 8
-    for (int t = 0; t < 8; t++) {
-        c->all[t] = top_codes(&u, level, t);
-        if (level == 4) /* six bits move up by two; they are below 64, so no byte spills over */
-            c->all[t] = _mm256_or_si256(_mm256_slli_epi16(c->all[t], 2), low_codes(&u, t));
+INLINE void sums_add(sums *s, int level, int half, const b32 v[4], const x16 *x) {
+    if (!half) s->sum = s->fourfold = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; t++) {
+        __m256i *to = level == 0 && t % 2 ? &s->fourfold : &s->sum;
+        *to = _mm256_dpbusd_epi32(*to, v[t], x->v[t]);
     }
 }
 
-INLINE __m256i dots(const codes *c, int level, const int8_t *q) {
-    (void)level;
-    __m256i sum = _mm256_setzero_si256();
-#pragma GCC unroll 8
-    for (int t = 0; t < 8; t++) sum = _mm256_dpbusd_epi32(sum, c->all[t], broadcast4(q + 4 * t));
-    return sum;
+INLINE i8x sums_done(const sums *top, const sums *low, int level) {
+    if (level == 0) return _mm256_add_epi32(top->sum, _mm256_srai_epi32(top->fourfold, 2));
+    if (level == 1) return _mm256_srai_epi32(top->sum, 1);
+    if (level == 4) return _mm256_add_epi32(_mm256_slli_epi32(top->sum, 4), low->sum);
+    return top->sum;
 }
 
 #define ISA_BODY

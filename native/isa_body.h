@@ -2,7 +2,6 @@
  * includes this one. Eight rows, or eight consecutive floats, make one f8.
  *
  *   f8, i8x                     8 floats, 8 int32
- *   codes                       unpacked codes of 8 rows x 32 columns at one level
  *   f8_zero f8_set1 f8_load f8_store f8_add f8_sub f8_mul f8_div f8_neg f8_abs f8_max
  *   f8_below(x, limit, other)   other where x < limit, else x
  *   f8_above(x, limit, other)   other where x > limit, else x
@@ -18,8 +17,11 @@
  *   f8_tree(lo, hi)             sum of 16 lanes in the order of em_tree16
  *   f8_peak(x)                  largest of 8
  *   bytes_sum(v, q)             4 f8 of integral values -> 32 int8 at q; returns their sum
- *   unpack(planes, level, *c)   planes of one unit -> codes
- *   dots(*c, level, q)          i8x: each row's codes times 32 activations, exactly
+ *   b32 ...                     isa_unpack.h
+ *   x16, x16_of(q)              16 activations, as sums_add takes them
+ *   sums                        sums of products of 8 rows, of a kind of codes each instruction set likes
+ *   sums_add(s, level, half, v, x)  adds 4 vectors of codes times 16 activations; half 0 starts anew
+ *   sums_done(top, low, level)  i8x: the rows' dots, exactly; low counts at level 4 only
  *   i8x_store
  *
  * Every operation below rounds as the scalar body's does, in the same order: same bits. */
@@ -34,6 +36,9 @@
 typedef struct {
     const uint8_t *p[EM_LEVELS];
 } em_unit;
+
+/* Bytes of a cell, 8 rows x 32 columns, in segment s. */
+INLINE int cell_bytes(int s) { return s == 1 || s == 2 ? 32 : 64; }
 
 #endif
 
@@ -61,122 +66,6 @@ static void quantize(const float *x, int cols, const em_acts *a, int row) {
         const int32_t sum = bytes_sum(v, q + first);
         scale[u] = amax / 127.0f;
         gx[u / a->group_units] += scale[u] * (float)sum;
-    }
-}
-
-INLINE em_unit unit_at(const em_matrix *w, int level, int rb, int u) {
-    static const int bytes[EM_LEVELS] = {64, 32, 32, 64, 64};
-    const size_t at = (size_t)rb * (size_t)w->units + (size_t)u;
-    em_unit out = {{0}};
-    for (int s = 0; s <= level; s++) out.p[s] = w->plane[s] + at * (size_t)bytes[s];
-    return out;
-}
-
-enum { TILE = 64 }; /* tokens that share one unpacking */
-
-/* t + scale * dots, for one unit and one token. */
-INLINE f8 add_unit(f8 t, const codes *c, int level, const int8_t *q, float scale) {
-    return f8_add(t, f8_mul(f8_set1(scale), f8_ints(dots(c, level, q))));
-}
-
-INLINE void matmul_level(const em_matrix *w, int level, int rb0, int rb1, const em_acts *a,
-                         const int32_t *idx, int n, float *out, size_t ld) {
-    const int bits = em_level_bits(level);
-    for (int first = 0; first < n; first += TILE) {
-        const int tile = n - first < TILE ? n - first : TILE;
-        for (int rb = rb0; rb < rb1; rb++) {
-            const size_t row0 = (size_t)rb * EM_ROW_BLOCK;
-            const i8x exponent = i8x_bytes(w->exponent + row0);
-            const f8 cell = f8_set1(em_cell(bits)), sixteenth = f8_set1(em_cell(bits) * 0.0625f);
-            const f8 centre = f8_set1(em_first_centre(bits));
-            f8 y[TILE];
-            for (int i = 0; i < tile; i++) y[i] = f8_zero();
-            for (int g = 0; g < w->groups; g++) {
-                const int u0 = g * w->group_units;
-                const int u1 = u0 + w->group_units < w->units ? u0 + w->group_units : w->units;
-                const uint8_t *steps = w->step + (row0 * (size_t)w->groups + (size_t)g * EM_ROW_BLOCK) * 2;
-                const f8 step = f8_steps(exponent, i8x_bytes(steps));
-                const f8 s = f8_mul(step, cell);
-                f8 from = f8_sub(centre, f8_ints(i8x_bytes(steps + EM_ROW_BLOCK)));
-                if (level < EM_LEVELS - 1) {
-                    const uint8_t *shifts = w->shift + ((size_t)rb * (size_t)w->groups + (size_t)g) * 4;
-                    from = f8_add(from, f8_mul(f8_ints(i8x_nibbles(shifts)), sixteenth));
-                }
-                const f8 o = f8_mul(step, from);
-                codes c[EM_MAX_GROUP_UNITS];
-                if (tile > 1)
-                    for (int u = u0; u < u1; u++) unpack(unit_at(w, level, rb, u), level, &c[u - u0]);
-                for (int i = 0; i < tile; i++) {
-                    const size_t row = (size_t)(idx ? idx[first + i] : first + i);
-                    const int8_t *q = a->q + row * (size_t)a->units * EM_UNIT;
-                    const float *xs = a->scale + row * (size_t)a->units;
-                    f8 t = f8_zero();
-                    if (tile > 1) {
-                        for (int u = u0; u < u1; u++)
-                            t = add_unit(t, &c[u - u0], level, q + (size_t)u * EM_UNIT, xs[u]);
-                    } else {
-                        for (int u = u0; u < u1; u++) { /* one token: the codes stay in registers */
-                            codes once;
-                            unpack(unit_at(w, level, rb, u), level, &once);
-                            t = add_unit(t, &once, level, q + (size_t)u * EM_UNIT, xs[u]);
-                        }
-                    }
-                    const f8 gx = f8_set1(a->gx[row * (size_t)a->groups + (size_t)g]);
-                    y[i] = f8_add(f8_add(y[i], f8_mul(s, t)), f8_mul(o, gx));
-                }
-            }
-            const int live = w->rows - rb * EM_ROW_BLOCK;
-            for (int i = 0; i < tile; i++) {
-                float *to = out + (size_t)(first + i) * ld + (size_t)(rb - rb0) * EM_ROW_BLOCK;
-                if (live >= EM_ROW_BLOCK) {
-                    f8_store(to, y[i]);
-                } else {
-                    float all[EM_ROW_BLOCK];
-                    f8_store(all, y[i]);
-                    memcpy(to, all, (size_t)live * sizeof(float));
-                }
-            }
-        }
-    }
-}
-
-INLINE void accumulate_level(const em_matrix *w, int level, int rb0, int rb1, const em_acts *a, int n,
-                             int32_t *out) {
-    const size_t rows = (size_t)(w->rows + EM_ROW_BLOCK - 1) / EM_ROW_BLOCK * EM_ROW_BLOCK;
-    for (int rb = rb0; rb < rb1; rb++) {
-        for (int u = 0; u < w->units; u++) {
-            codes c;
-            unpack(unit_at(w, level, rb, u), level, &c);
-            for (int i = 0; i < n; i++) {
-                int32_t lane[EM_ROW_BLOCK];
-                i8x_store(lane, dots(&c, level, a->q + ((size_t)i * (size_t)a->units + (size_t)u) * EM_UNIT));
-                for (int r = 0; r < EM_ROW_BLOCK; r++)
-                    out[((size_t)i * rows + (size_t)(rb * EM_ROW_BLOCK + r)) * (size_t)w->units + (size_t)u] =
-                        lane[r];
-            }
-        }
-    }
-}
-
-/* One body a level, so that the level is a constant in each. */
-static void matmul(const em_matrix *w, int rb0, int rb1, const em_acts *a, const int32_t *idx, int n,
-                   float *out, size_t ld) {
-    switch (w->level) {
-    case 0: matmul_level(w, 0, rb0, rb1, a, idx, n, out, ld); break;
-    case 1: matmul_level(w, 1, rb0, rb1, a, idx, n, out, ld); break;
-    case 2: matmul_level(w, 2, rb0, rb1, a, idx, n, out, ld); break;
-    case 3: matmul_level(w, 3, rb0, rb1, a, idx, n, out, ld); break;
-    default: matmul_level(w, 4, rb0, rb1, a, idx, n, out, ld); break;
-    }
-}
-
-static void accumulate(const em_matrix *w, int rb0, int rb1, const em_acts *a, int n, int32_t *out) {
-    switch (w->level) {
-    case 0: accumulate_level(w, 0, rb0, rb1, a, n, out); break;
-    case 1: accumulate_level(w, 1, rb0, rb1, a, n, out); break;
-    case 2: accumulate_level(w, 2, rb0, rb1, a, n, out); break;
-    case 3: accumulate_level(w, 3, rb0, rb1, a, n, out); break;
-    default: accumulate_level(w, 4, rb0, rb1, a, n, out); break;
     }
 }
 
@@ -231,6 +120,7 @@ static void silu_mul(float *g, const float *u, int n) {
 }
 
 #include "attention_body.h"
+#include "matmul_body.h"
 
 #define EM_ISA_TABLE(name)                                                                                   \
     {name, supported, quantize, matmul, accumulate, dot, scale_mul, silu_mul, panels, soften, to_half}

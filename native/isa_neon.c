@@ -126,71 +126,82 @@ INLINE int32_t bytes_sum(const f8 v[4], int8_t *q) {
     return sum;
 }
 
-/* top[h][t]: columns 4t .. 4t + 3 of rows 4h .. 4h + 3, the top six bits (fewer at lower levels) of
- * every code, so that they are signed bytes too; low: the last two bits of level-8 codes. */
+/* v[h]: bytes of rows 4h .. 4h + 3. */
 typedef struct {
-    uint8x16_t top[2][8], low[2][8];
-} codes;
+    uint8x16_t v[2];
+} b32;
 
-/* The `bits`-wide field at bit `from` of every byte, moved to bit `to`. */
-INLINE uint8x16_t field(const uint8_t *p, int from, int to, int bits) {
-    const uint8x16_t mask = vdupq_n_u8((uint8_t)(((1 << bits) - 1) << to));
-    return vandq_u8(vshlq_u8(vld1q_u8(p), vdupq_n_s8((int8_t)(to - from))), mask);
+INLINE b32 b32_load(const uint8_t *p) { return (b32){{vld1q_u8(p), vld1q_u8(p + 16)}}; }
+INLINE b32 b32_set1(uint8_t x) { return (b32){{vdupq_n_u8(x), vdupq_n_u8(x)}}; }
+INLINE b32 b32_and(b32 a, b32 b) { return (b32){{vandq_u8(a.v[0], b.v[0]), vandq_u8(a.v[1], b.v[1])}}; }
+INLINE b32 b32_or(b32 a, b32 b) { return (b32){{vorrq_u8(a.v[0], b.v[0]), vorrq_u8(a.v[1], b.v[1])}}; }
+INLINE b32 b32_xor(b32 a, b32 b) { return (b32){{veorq_u8(a.v[0], b.v[0]), veorq_u8(a.v[1], b.v[1])}}; }
+INLINE b32 b32_shl(b32 a, int n) {
+    const int8x16_t by = vdupq_n_s8((int8_t)n);
+    return (b32){{vshlq_u8(a.v[0], by), vshlq_u8(a.v[1], by)}};
+}
+INLINE b32 b32_shr(b32 a, int n) { return b32_shl(a, -n); }
+INLINE b32 b32_look(b32 a, const uint8_t table[16]) {
+    const uint8x16_t t = vld1q_u8(table);
+    return (b32){{vqtbl1q_u8(t, a.v[0]), vqtbl1q_u8(t, a.v[1])}};
 }
 
-INLINE void unpack(em_unit u, int level, codes *c) {
-    const int width = level == 0 ? 2 : level == 1 ? 3 : level == 2 ? 4 : 6;
+#include "isa_unpack.h"
+
+typedef int8x16_t x16;
+
+INLINE x16 x16_of(const int8_t *q) { return vld1q_s8(q); }
+
+/* Sums in int32 of rows 4h .. 4h + 3, of fourfold codes apart. All codes are below 128, so that they
+ * are signed bytes too. */
+typedef struct {
+    int32x4_t sum[2], fourfold[2];
+} sums;
+
+/* to + products of vectors `first` and `second` of codes with theirs of activations. */
+#if defined(EM_I8MM)
+#define ADD_TWO(to, first, second)                                                                           \
+    vusdotq_laneq_s32(vusdotq_laneq_s32(to, v[first].v[h], *x, first), v[second].v[h], *x, second)
+#elif defined(EM_DOTPROD)
+#define ADD_TWO(to, first, second)                                                                           \
+    vdotq_laneq_s32(vdotq_laneq_s32(to, vreinterpretq_s8_u8(v[first].v[h]), *x, first),                      \
+                    vreinterpretq_s8_u8(v[second].v[h]), *x, second)
+#else
+/* Two products of at most 63 * 127 fit in int16. */
+INLINE int32x4_t add_two(int32x4_t to, uint8x16_t v, uint8x16_t w, int32x4_t x, int32x4_t y) {
+    const int8x16_t a = vreinterpretq_s8_u8(v), b = vreinterpretq_s8_u8(w);
+    const int8x16_t c = vreinterpretq_s8_s32(x), d = vreinterpretq_s8_s32(y);
+    const int16x8_t lo = vmlal_s8(vmull_s8(vget_low_s8(a), vget_low_s8(c)), vget_low_s8(b), vget_low_s8(d));
+    const int16x8_t hi = vmlal_high_s8(vmull_high_s8(a, c), b, d);
+    return vaddq_s32(to, vpaddq_s32(vpaddlq_s16(lo), vpaddlq_s16(hi)));
+}
+#define ADD_TWO(to, first, second)                                                                           \
+    add_two(to, v[first].v[h], v[second].v[h], vdupq_laneq_s32(vreinterpretq_s32_s8(*x), first),             \
+            vdupq_laneq_s32(vreinterpretq_s32_s8(*x), second))
+#endif
+
+INLINE void sums_add(sums *s, int level, int half, const b32 v[4], const x16 *x) {
+#pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
-        for (int t = 0; t < 8; t++) {
-            const int in_pair = 2 * (t % 4), at = 32 * (t / 4) + 16 * h;
-            uint8x16_t v = field(u.p[0] + at, in_pair, width - 2, 2);
-            if (level >= 1) v = vorrq_u8(v, field(u.p[1] + 16 * h, t, width - 3, 1));
-            if (level >= 2) v = vorrq_u8(v, field(u.p[2] + 16 * h, t, width - 4, 1));
-            if (level >= 3) v = vorrq_u8(v, field(u.p[3] + at, in_pair, 0, 2));
-            c->top[h][t] = v;
-            if (level == 4) c->low[h][t] = field(u.p[4] + at, in_pair, 0, 2);
+        if (!half) s->sum[h] = s->fourfold[h] = vdupq_n_s32(0);
+        s->sum[h] = ADD_TWO(s->sum[h], 0, 2);
+        if (level == 0) {
+            s->fourfold[h] = ADD_TWO(s->fourfold[h], 1, 3);
+        } else {
+            s->sum[h] = ADD_TWO(s->sum[h], 1, 3);
         }
     }
 }
 
-INLINE int8x16_t broadcast4(const int8_t *q) {
-    int32_t four;
-    memcpy(&four, q, 4);
-    return vreinterpretq_s8_s32(vdupq_n_s32(four));
-}
-
-/* Dots of 4 rows with 32 activations. */
-INLINE int32x4_t dots4(const uint8x16_t c[8], const int8_t *q) {
-#if defined(EM_I8MM)
-    int32x4_t sum = vdupq_n_s32(0);
-    for (int t = 0; t < 8; t++) sum = vusdotq_s32(sum, c[t], broadcast4(q + 4 * t));
-    return sum;
-#elif defined(EM_DOTPROD)
-    int32x4_t sum = vdupq_n_s32(0);
-    for (int t = 0; t < 8; t++) sum = vdotq_s32(sum, vreinterpretq_s8_u8(c[t]), broadcast4(q + 4 * t));
-    return sum;
-#else
-    /* two products of at most 63 * 127 fit in int16 */
-    int32x4_t lo = vdupq_n_s32(0), hi = vdupq_n_s32(0);
-    for (int t = 0; t < 8; t += 2) {
-        const int8x16_t a = vreinterpretq_s8_u8(c[t]), b = vreinterpretq_s8_u8(c[t + 1]);
-        const int8x16_t x = broadcast4(q + 4 * t), y = broadcast4(q + 4 * t + 4);
-        lo = vpadalq_s16(lo,
-                         vmlal_s8(vmull_s8(vget_low_s8(a), vget_low_s8(x)), vget_low_s8(b), vget_low_s8(y)));
-        hi = vpadalq_s16(
-            hi, vmlal_s8(vmull_s8(vget_high_s8(a), vget_high_s8(x)), vget_high_s8(b), vget_high_s8(y)));
+INLINE i8x sums_done(const sums *top, const sums *low, int level) {
+    int32x4_t d[2];
+    for (int h = 0; h < 2; h++) {
+        d[h] = top->sum[h];
+        if (level == 0) d[h] = vsraq_n_s32(d[h], top->fourfold[h], 2);
+        if (level == 1) d[h] = vshrq_n_s32(d[h], 1);
+        if (level == 4) d[h] = vaddq_s32(vshlq_n_s32(d[h], 4), low->sum[h]);
     }
-    return vpaddq_s32(lo, hi);
-#endif
-}
-
-INLINE i8x dots(const codes *c, int level, const int8_t *q) {
-    i8x sum = {dots4(c->top[0], q), dots4(c->top[1], q)};
-    if (level == 4) {
-        sum.lo = vaddq_s32(vshlq_n_s32(sum.lo, 2), dots4(c->low[0], q));
-        sum.hi = vaddq_s32(vshlq_n_s32(sum.hi, 2), dots4(c->low[1], q));
-    }
-    return sum;
+    return (i8x){d[0], d[1]};
 }
 
 #define ISA_BODY

@@ -89,36 +89,36 @@ INLINE int32_t bytes_sum(const f8 v[4], int8_t *q) {
     return _mm_cvtsi128_si32(s4);
 }
 
-/* The `bits`-wide field at bit `from` of every byte, moved to bit `to`. */
-INLINE __m256i field(__m256i v, int from, int to, int bits) {
-    const __m256i mask = _mm256_set1_epi8((char)(((1 << bits) - 1) << to));
-    if (from > to) v = _mm256_srli_epi16(v, from - to);
-    if (to > from) v = _mm256_slli_epi16(v, to - from);
-    return _mm256_and_si256(v, mask);
+typedef __m256i b32;
+
+#define b32_and _mm256_and_si256
+#define b32_or _mm256_or_si256
+#define b32_xor _mm256_xor_si256
+#define b32_shl _mm256_slli_epi16
+#define b32_shr _mm256_srli_epi16
+
+INLINE b32 b32_load(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+INLINE b32 b32_set1(uint8_t x) { return _mm256_set1_epi8((char)x); }
+INLINE b32 b32_look(b32 nibbles, const uint8_t table[16]) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), nibbles);
 }
 
-INLINE __m256i load32(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+/* v[t]: activations 4t .. 4t + 3, once for each row. */
+typedef struct {
+    b32 v[4];
+} x16;
 
-/* Columns 4t .. 4t + 3 of 8 rows: the top six bits (fewer at lower levels) of every code. */
-INLINE __m256i top_codes(const em_unit *u, int level, int t) {
-    const int width = level == 0 ? 2 : level == 1 ? 3 : level == 2 ? 4 : 6;
-    const int in_pair = 2 * (t % 4), half = 32 * (t / 4);
-    __m256i c = field(load32(u->p[0] + half), in_pair, width - 2, 2);
-    if (level >= 1) c = _mm256_or_si256(c, field(load32(u->p[1]), t, width - 3, 1));
-    if (level >= 2) c = _mm256_or_si256(c, field(load32(u->p[2]), t, width - 4, 1));
-    if (level >= 3) c = _mm256_or_si256(c, field(load32(u->p[3] + half), in_pair, 0, 2));
-    return c;
+INLINE x16 x16_of(const int8_t *q) {
+    x16 x;
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; t++) {
+        int32_t four;
+        memcpy(&four, q + 4 * t, 4);
+        x.v[t] = _mm256_set1_epi32(four);
+    }
+    return x;
 }
 
-/* The last two bits of every level-8 code. */
-INLINE __m256i low_codes(const em_unit *u, int t) {
-    return field(load32(u->p[4] + 32 * (t / 4)), 2 * (t % 4), 0, 2);
-}
-
-INLINE __m256i broadcast4(const int8_t *q) {
-    int32_t four;
-    memcpy(&four, q, 4);
-    return _mm256_set1_epi32(four);
-}
+#include "isa_unpack.h"
 
 #endif

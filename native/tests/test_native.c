@@ -171,6 +171,12 @@ static void test_products(const em_isa *isa, int rows, int cols, int group_units
             isa->matmul(&m.w, 0, blocks, &a, &idx, 1, yb, (size_t)rows);
             CHECK(same(ya + (size_t)i * (size_t)rows, yb, (size_t)rows * 4));
         }
+        int32_t *back = need((size_t)n * sizeof *back); /* all at once, in falling order */
+        for (int i = 0; i < n; i++) back[i] = n - 1 - i;
+        isa->matmul(&m.w, 0, blocks, &a, back, n, yb, (size_t)rows);
+        for (int i = 0; i < n; i++)
+            CHECK(same(ya + (size_t)back[i] * (size_t)rows, yb + (size_t)i * (size_t)rows, (size_t)rows * 4));
+        free(back);
         if (blocks > 1) { /* a chunk of rows lands at the start */
             const size_t live = (size_t)(rows - EM_ROW_BLOCK);
             isa->matmul(&m.w, 1, blocks, &a, NULL, 1, yb, live);
@@ -284,6 +290,7 @@ int main(void) {
         test_products(isa, 1, 1, 1, 2);
         test_products(isa, 65, 704, 4, 70);
         test_products(isa, 24, 288, 8, 5);
+        test_products(isa, 76, 160, 3, 17); /* more row blocks than a tile, groups of odd length */
         for (int n = 1; n < 130; n++) test_floats(isa, n);
         printf("ran: %s\n", isa->name);
     }
