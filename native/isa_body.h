@@ -21,6 +21,7 @@
  *   unpack(planes, level, *c)   planes of one unit -> codes
  *   dots(*c, level, q)          i8x: each row's codes times 32 activations, exactly
  *   i8x_store
+ *   peak                        as em_isa says
  *
  * Every operation below rounds as the scalar body's does, in the same order: same bits. */
 #ifndef ISA_BODY_H
@@ -234,6 +235,6 @@ static void silu_mul(float *g, const float *u, int n) {
 #include "attention_body.h"
 
 #define EM_ISA_TABLE(name)                                                                                   \
-    {name, supported, quantize, matmul, accumulate, dot, scale_mul, silu_mul, panels, soften, to_half}
+    {name, supported, quantize, matmul, accumulate, dot, scale_mul, silu_mul, panels, soften, to_half, peak}
 
 #endif
