@@ -16,10 +16,10 @@ from typing import Any
 import click
 
 from . import __version__
+from .cpus import BLAS_THREADS
 from .errors import EdgeMoEError
+from .terminal.bench import bench
 from .terminal.options import LEVEL, level, loading, number
-
-_ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
 
 @click.group(
@@ -30,6 +30,7 @@ Examples:
   edgemoe convert OLMoE-1B-7B olmoe.emoe         a downloaded checkpoint, once
   edgemoe run olmoe.emoe "Why is the sky blue?" --mem 4G
   edgemoe inspect olmoe.emoe --verify
+  edgemoe bench olmoe.emoe --bits 4
 """,
 )
 @click.version_option(__version__, "-V", "--version", message="edgemoe %(version)s")
@@ -343,10 +344,13 @@ def inspect(store: str, as_json: bool, verify: bool) -> int:
     return inspect.run(store, as_json=as_json, verify=verify)
 
 
+cli.add_command(bench)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's); returns the exit code."""
     # Before NumPy is imported: its thread pools would count against the memory ceiling.
-    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
+    os.environ.update(dict.fromkeys(BLAS_THREADS, "1"))
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         code = _dispatch(args)

@@ -6,6 +6,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+BLAS_THREADS = (
+    "OPENBLAS_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+)
+"""Environment variables that tell BLAS libraries how many threads to start."""
+
 FAST = 0.8
 """A CPU below this share of the fastest one's capacity is not a performance core: turbo bins of
 equal cores lie closer together, efficiency cores further apart."""

@@ -234,6 +234,14 @@ NB_MODULE(_native, m) {
         "pool"_a, "data"_a.noconvert());
 
     m.def(
+        "int8_peak",
+        [](Pool &pool, double seconds) {
+            nb::gil_scoped_release nogil;
+            return em_int8_peak(pool.p, seconds);
+        },
+        "pool"_a, "seconds"_a);
+
+    m.def(
         "quantize_rows",
         [](Pool &pool, ConstF32 w, int group, Array<const int32_t> levels, Array<uint8_t> codes,
            Array<uint8_t> exponent, Array<uint8_t> step, Array<uint8_t> zero, Array<uint8_t> shift) {

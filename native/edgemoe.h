@@ -28,6 +28,8 @@ enum em_kv_type { EM_KV_F32, EM_KV_F16, EM_KV_I8 };
 /* Positions of a block, columns of a panel, positions of a split (em_attention). */
 enum { EM_KV_BLOCK = 64, EM_KV_PANEL = 16, EM_KV_SPLIT = 256 };
 
+enum { EM_PEAK_PRODUCTS = 512 }; /* of a round of em_isa.peak */
+
 enum em_status { EM_OK = 0, EM_NO_MEMORY = -1, EM_BAD_WEIGHTS = -2 };
 
 /* A [rows, cols] matrix read at levels[level]: the plane of each step up to it, the shifts of the last,
@@ -95,6 +97,9 @@ typedef struct {
                     int last, float *top);
     /* 16 floats -> float16, as em_float_to_half. */
     void (*to_half)(const float *x, uint16_t *h);
+    /* The sum modulo 2^32 of rounds * EM_PEAK_PRODUCTS products of a code below 16 and an activation, each of
+     * them computed, from registers: as fast as this set of instructions can. */
+    uint32_t (*peak)(int code, int activation, int rounds);
 } em_isa;
 
 const em_isa *em_isa_current(void);
@@ -201,6 +206,9 @@ int em_attention(em_pool *p, const float *q, const em_kv *kv, int n, int heads, 
 
 /* Sum of the 64-bit words at data, 64-byte aligned: what reading memory alone takes. */
 uint64_t em_stream_read(em_pool *p, const void *data, size_t bytes);
+
+/* Multiply-adds a second of codes and activations on all threads, in a run of at least `seconds`. */
+double em_int8_peak(em_pool *p, double seconds);
 
 /* Weights w [rows, cols] -> 8-bit codes [rows, cols], exponents [rows], steps and zeros [rows, groups]
  * of groups of `group` columns, and shifts [levels, rows, groups]. EM_BAD_WEIGHTS if a weight is NaN

@@ -23,6 +23,7 @@
  *   sums_add(s, level, half, v, x)  adds 4 vectors of codes times 16 activations; half 0 starts anew
  *   sums_done(top, low, level)  i8x: the rows' dots, exactly; low counts at level 4 only
  *   i8x_store
+ *   peak                        as em_isa says
  *
  * Every operation below rounds as the scalar body's does, in the same order: same bits. */
 #ifndef ISA_BODY_H
@@ -123,6 +124,6 @@ static void silu_mul(float *g, const float *u, int n) {
 #include "matmul_body.h"
 
 #define EM_ISA_TABLE(name)                                                                                   \
-    {name, supported, quantize, matmul, accumulate, dot, scale_mul, silu_mul, panels, soften, to_half}
+    {name, supported, quantize, matmul, accumulate, dot, scale_mul, silu_mul, panels, soften, to_half, peak}
 
 #endif

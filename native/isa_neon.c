@@ -204,6 +204,49 @@ INLINE i8x sums_done(const sums *top, const sums *low, int level) {
     return (i8x){d[0], d[1]};
 }
 
+/* v, which the compiler must take for a new value every time. */
+INLINE int8x16_t renewed(int8x16_t v) {
+    __asm__ volatile("" : "+w"(v));
+    return v;
+}
+
+/* Sixteen sums, so that none waits for the one before. */
+static uint32_t peak(int code, int activation, int rounds) {
+#if defined(EM_I8MM)
+    enum { PRODUCTS = 16 * 32 }; /* of a pass: a matrix product of 2 x 8 and 8 x 2 has 32 */
+#else
+    enum { PRODUCTS = 16 * 16 };
+#endif
+    int8x16_t c[4], q[4];
+    int32x4_t sum[16];
+    for (int i = 0; i < 16; i++) sum[i] = vdupq_n_s32(0);
+    for (int i = 0; i < 4; i++) {
+        c[i] = vdupq_n_s8((int8_t)code);
+        q[i] = renewed(vdupq_n_s8((int8_t)activation));
+    }
+    for (int r = 0; r < rounds * (EM_PEAK_PRODUCTS / PRODUCTS); r++) {
+        for (int i = 0; i < 4; i++) {
+            const int8x16_t a = renewed(c[i]);
+            int32x4_t *s = sum + 4 * i;
+#if defined(EM_I8MM)
+            for (int j = 0; j < 4; j++) s[j] = vusmmlaq_s32(s[j], vreinterpretq_u8_s8(a), q[j]);
+#elif defined(EM_DOTPROD)
+            for (int j = 0; j < 4; j++) s[j] = vdotq_s32(s[j], a, q[j]);
+#else
+            for (int j = 0; j < 4; j += 2) { /* two products of a nibble fit in int16 */
+                const int16x8_t lo = vmull_s8(vget_low_s8(a), vget_low_s8(q[j]));
+                const int16x8_t hi = vmull_high_s8(a, q[j]);
+                s[j] = vpadalq_s16(s[j], vmlal_s8(lo, vget_low_s8(a), vget_low_s8(q[j + 1])));
+                s[j + 1] = vpadalq_s16(s[j + 1], vmlal_high_s8(hi, a, q[j + 1]));
+            }
+#endif
+        }
+    }
+    uint32_t total = 0;
+    for (int i = 0; i < 16; i++) total += (uint32_t)vaddvq_s32(sum[i]);
+    return total;
+}
+
 #define ISA_BODY
 #include "isa_body.h"
 

@@ -200,5 +200,27 @@ static void to_half(const float *x, uint16_t *h) {
     for (int i = 0; i < EM_KV_PANEL; i++) h[i] = em_float_to_half(x[i]);
 }
 
+/* Lanes as in dot_unit. */
+static uint32_t peak(int code, int activation, int rounds) {
+    enum { LANES = 4 * EM_ROW_BLOCK };
+    uint8_t c[4][LANES];
+    int8_t q[4][LANES];
+    uint32_t sum[LANES] = {0}, total = 0;
+    memset(c, code, sizeof c);
+    memset(q, activation, sizeof q);
+    for (int r = 0; r < rounds; r++) {
+        __asm__ volatile("" : : "r"(c), "r"(q) : "memory"); /* new ones, for all the compiler knows */
+        for (int i = 0; i < 4; i += 2) {
+            int16_t lane[LANES] = {0};
+            for (int j = 0; j < 4; j++)
+                for (int b = 0; b < LANES; b++)
+                    lane[b] = (int16_t)(lane[b] + c[i][b] * q[j][b] + c[i + 1][b] * q[j][b]);
+            for (int b = 0; b < LANES; b++) sum[b] += (uint32_t)lane[b];
+        }
+    }
+    for (int b = 0; b < LANES; b++) total += sum[b];
+    return total;
+}
+
 const em_isa em_isa_scalar = {"scalar",  supported, quantize, matmul, accumulate, dot,
-                              scale_mul, silu_mul,  panels,   soften, to_half};
+                              scale_mul, silu_mul,  panels,   soften, to_half,    peak};

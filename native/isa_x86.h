@@ -73,6 +73,19 @@ INLINE float f8_tree(f8 lo, f8 hi) {
     return _mm_cvtss_f32(_mm_add_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
 }
 
+/* v, which the compiler must take for a new value every time. */
+INLINE i8x renewed(i8x v) {
+    __asm__ volatile("" : "+v"(v));
+    return v;
+}
+
+INLINE uint32_t i8x_sum(i8x v) {
+    uint32_t lane[8], sum = 0;
+    memcpy(lane, &v, sizeof lane);
+    for (int i = 0; i < 8; i++) sum += lane[i];
+    return sum;
+}
+
 INLINE void i8x_store(int32_t *to, i8x v) { _mm256_storeu_si256((__m256i *)to, v); }
 
 INLINE int32_t bytes_sum(const f8 v[4], int8_t *q) {

@@ -67,7 +67,7 @@ def answer(store: Path, capsys: pytest.CaptureFixture[str]) -> Any:
 # Help and arguments.
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["convert"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["convert"], ["inspect"], ["bench"]])
 def test_help_teaches_by_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*command, "--help"]) == 0
     text = capsys.readouterr().out

@@ -48,6 +48,7 @@ RANK = {
     "reference_logits": 9,
     "calibration": 10,
     "engine": 8,
+    "bench": 11,
 }
 TOP = 11  # cli and what only it uses
 SIBLINGS = {"mwq", "loader", "hebf", "perfmodel", "cpu_attn"}

@@ -25,6 +25,7 @@ from .dispatch import (
     set_isa,
 )
 from .floats import gated_add, rmsnorm, rope, route, silu_mul
+from .peak import int8_peak
 from .products import (
     MAX_GROUP_SIZE,
     NestedMatrix,
@@ -53,6 +54,7 @@ __all__ = [
     "dequantize",
     "experts",
     "gated_add",
+    "int8_peak",
     "isa",
     "isa_names",
     "kv_write",

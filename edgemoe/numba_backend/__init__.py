@@ -16,6 +16,7 @@ from ..errors import KernelError
 from ..types import F32, I8, I32, I64, U8, U64
 from . import conversion, dequant, floats, kv_attention, products
 from .jit import Kernel
+from .peak import int8_peak
 from .pool import Pool, padded
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "experts_scratch",
     "gated_add",
     "ggml_blocks",
+    "int8_peak",
     "isa",
     "isa_names",
     "kv_block_bytes",

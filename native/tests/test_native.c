@@ -205,6 +205,25 @@ static void test_floats(const em_isa *isa, int n) {
     free(a), free(b), free(c), free(d);
 }
 
+/* No product of the peak is left out; its rate is one. */
+static void test_peak(const em_isa *isa) {
+    static const int values[3][2] = {{15, 127}, {15, -127}, {7, 3}};
+    for (int i = 0; i < 3; i++)
+        for (int rounds = 0; rounds < 6000; rounds += 1999) {
+            const uint32_t each = (uint32_t)(values[i][0] * values[i][1]);
+            CHECK(isa->peak(values[i][0], values[i][1], rounds) ==
+                  (uint32_t)rounds * EM_PEAK_PRODUCTS * each);
+        }
+    const em_isa *before = em_isa_current();
+    em_isa_set(isa);
+    em_pool *p = em_pool_new(2);
+    if (!p) abort();
+    const double rate = em_int8_peak(p, 0.002);
+    CHECK(rate > 1e6 && rate < 1e15);
+    em_pool_free(p);
+    em_isa_set(before);
+}
+
 /* Every GGML type: blocks of equal bytes give the values worked out by hand, one decode of many
  * blocks equals many of one, at any address and number of threads, and nothing beyond is written. */
 static void test_ggml(void) {
@@ -292,6 +311,7 @@ int main(void) {
         test_products(isa, 24, 288, 8, 5);
         test_products(isa, 76, 160, 3, 17); /* more row blocks than a tile, groups of odd length */
         for (int n = 1; n < 130; n++) test_floats(isa, n);
+        test_peak(isa);
         printf("ran: %s\n", isa->name);
     }
     printf("%d checks, %d failures\n", checks, failures);
