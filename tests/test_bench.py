@@ -134,7 +134,7 @@ def test_traffic_of_a_store(tied: bool, tmp_path: Path) -> None:
         for part in ("experts", "dense", "head", "embedding", "total"):
             sizes = [getattr(t, part) for t in read]
             assert sizes == sorted(sizes) and 0 < sizes[0] < sizes[-1], part
-        expert_read = bytes_read(opened.expert_layout, 4)
+        expert_read = bytes_read(opened.expert_layout(0), 4)
         assert read[4].experts == layers * cfg.num_experts_per_tok * expert_read
         assert read[4].head >= done.head  # a byte a weight, and scales
         assert read[4].embedding == read[4].head // cfg.vocab_size

@@ -47,14 +47,12 @@ class Products:
 
 def bytes_read(layout: RecordLayout, level_index: int) -> int:
     """Bytes of a record that computing with it at a level reads: the planes up to it with their
-    scales, but of the lower levels not what each level has for itself."""
+    scales, but not the shifts of lower levels."""
     total = sum(layout.segment_sizes[: level_index + 1])
-    for i in range(level_index):
-        for m in range(len(layout.matrices)):
-            at = layout.scale_parts(i, m)
-            for name, end in zip(at, list(at.values())[1:], strict=False):
-                if name in ("gain", "shift"):
-                    total -= end - at[name]
+    for m in range(len(layout.matrices)):
+        for step in range(layout.matrix_level(m, level_index)):
+            at = layout.scale_parts(m, step)
+            total -= at["end"] - at.get("shift", at["end"])
     return total
 
 
@@ -66,7 +64,7 @@ def traffic(store: Store, level_index: int, dense_level_index: int) -> Traffic:
     head = _head(config)
     return Traffic(
         experts=config.num_experts_per_tok
-        * sum(bytes_read(store.expert_layout, level_index) for _ in config.moe_layers),
+        * sum(bytes_read(store.expert_layout(i), level_index) for i in config.moe_layers),
         dense=sum(size for name, size in read.items() if name not in ("embed", head)),
         head=read[head],
         embedding=read["embed"] // config.vocab_size,
@@ -80,7 +78,7 @@ def products(store: Store) -> Products:
     dense = {name: t.layout.weights() for name, t in store.tensors.items() if t.layout is not None}
     head = _head(config)
     experts = config.num_experts_per_tok * sum(
-        store.expert_layout.weights() for _ in config.moe_layers
+        store.expert_layout(i).weights() for i in config.moe_layers
     )
     others = sum(weights for name, weights in dense.items() if name not in ("embed", head))
     return Products(experts + others, dense[head])
