@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -17,12 +19,12 @@ from . import evaluate, kernels
 from .checkpoint import Checkpoint
 from .cpu_attn.kv_cache import OnePass
 from .errors import UsageError
-from .model import Span, hidden
+from .model import Layer, Linears, Span, hidden
 from .mwq.calibrate import ExpertInputs
 from .mwq.convert import Calibrate
 from .reference_logits import bytes_per_token
-from .types import I64
-from .weights import RowBlocks, from_checkpoint
+from .types import F32, I64
+from .weights import FloatLinears, RowBlocks, from_checkpoint
 
 WINDOW = 512
 """Tokens of context; shorter where the model's own is."""
@@ -72,8 +74,34 @@ def calibration(checkpoint: Checkpoint, text: Sequence[I64], threads: int) -> Ca
         with ExitStack() as stack:
             workers = stack.enter_context(ThreadPoolExecutor(threads)) if threads > 1 else None
             weights = from_checkpoint(checkpoint, RowBlocks(sizes, workers))
+            layers = [_watched(layer, experts) for layer in weights.layers]
             spans = [Span(OnePass(config), len(window)) for window in text]
             tokens = np.fromiter(chain.from_iterable(text), np.int64)
-            hidden(weights, experts, pool, tokens, spans, experts.watch)
+            seen = replace(weights, layers=layers)
+            x = hidden(seen, experts, pool, tokens, spans, experts.watch)
+            head = "embed" if config.tie_word_embeddings else "lm_head"
+            experts.see_linears([head], kernels.rmsnorm(pool, x, seen.norm, config.rms_norm_eps))
 
     return run
+
+
+def _watched(layer: Layer, experts: ExpertInputs) -> Layer:
+    """The same layer, which shows what its matrices outside the experts read."""
+
+    def seen(linears: Linears | None) -> Any:
+        if not isinstance(linears, FloatLinears):
+            return linears
+
+        def run(x: F32) -> list[F32]:
+            experts.see_linears(linears.names, x)
+            return linears(x)
+
+        return run
+
+    return replace(
+        layer,
+        qkv=seen(layer.qkv),
+        out=seen(layer.out),
+        gate_up=seen(layer.gate_up),
+        down=seen(layer.down),
+    )

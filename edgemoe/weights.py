@@ -105,13 +105,18 @@ class RowBlocks:
 
 
 class FloatLinears:
-    """float32 matrices that share their input, read anew from `source` for every product."""
+    """float32 matrices that share their input, read anew from `source` for every product.
+
+    Attributes:
+        names: of the matrices.
+    """
 
     def __init__(self, source: FloatSource, names: Sequence[str], blocks: RowBlocks) -> None:
-        self._source, self._names, self._blocks = source, names, blocks
+        self.names = names
+        self._source, self._blocks = source, blocks
 
     def __call__(self, x: F32) -> list[F32]:
-        return [self._product(x, self._source.tensor(name)) for name in self._names]
+        return [self._product(x, self._source.tensor(name)) for name in self.names]
 
     def _product(self, x: F32, w: F32) -> F32:
         out = np.empty((len(x), len(w)), np.float32)

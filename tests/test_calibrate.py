@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from edgemoe.mwq.calibrate import (
 )
 from edgemoe.mwq.convert import convert
 from edgemoe.mwq.packing import affine, decode, pack_record
-from edgemoe.mwq.quantize import level_weights, quantize_matrix
+from edgemoe.mwq.quantize import EXPERTS, level_weights, quantize_matrix
 from edgemoe.mwq.sensitivity import of_store
 from edgemoe.store import Store
 from edgemoe.types import F32, LEVELS, U8, QuantSpec
@@ -88,7 +88,7 @@ def test_kernel_is_its_twin(kind: str, shape: tuple[int, int], ahead: int, threa
     w[1] *= np.float32(1e25)
     by = feedback(moment(inputs(900, shape[1])))
     codes, *groups = problem(w, ahead, pool)
-    weight = level_weights(LEVELS)
+    weight = level_weights(LEVELS, EXPERTS)
     with np.errstate(over="ignore", invalid="ignore"):
         want = reference.nest_rows(w, codes, *groups, by, weight, 50)
     kernels.nest_rows(pool, w, codes, *groups, by, weight, 50)
@@ -98,7 +98,7 @@ def test_kernel_is_its_twin(kind: str, shape: tuple[int, int], ahead: int, threa
 def test_kernel_checks_its_arguments() -> None:
     pool, w = kernels.new_pool(1), sample("normal", (8, 64))
     codes, starts, bits, pair = problem(w, 32, pool)
-    weight, by = level_weights(LEVELS), np.zeros((64, 64), np.float32)
+    weight, by = level_weights(LEVELS, EXPERTS), np.zeros((64, 64), np.float32)
     sound: dict[str, Any] = {
         "w": w,
         "codes": codes,
@@ -135,7 +135,7 @@ def test_without_reach_codes_stay() -> None:
     pool, w = kernels.new_pool(1), sample("heavy", (16, 256))
     codes, *groups = problem(w, 0, pool)
     before, by = codes.copy(), feedback(moment(inputs(500, 256)))
-    kernels.nest_rows(pool, w, codes, *groups, by, level_weights(LEVELS), 0)
+    kernels.nest_rows(pool, w, codes, *groups, by, level_weights(LEVELS, EXPERTS), 0)
     np.testing.assert_array_equal(codes, before)
 
 
@@ -238,6 +238,40 @@ def expert_error(checkpoint: Checkpoint, path: Path, x: F32, level_index: int) -
     return total
 
 
+class Inputs(ExpertInputs):
+    """Keeps what each matrix outside the experts reads."""
+
+    def see(self, layer: int, expert: int, matrices: object, chunks: Iterator[Chunk]) -> None:
+        for _ in chunks:
+            pass
+
+    def see_linears(self, names: Sequence[str], x: F32) -> None:
+        self.found = {**getattr(self, "found", {}), **dict.fromkeys(names, x)}
+
+
+def assert_dense_nearer(
+    checkpoint: Checkpoint, text: list[np.ndarray], calibrated: Path, plain: Path
+) -> None:
+    """At 4 to 8 bits, on what they read; every nested tensor but an untied embedding is seen."""
+    inputs = Inputs(checkpoint.expert, checkpoint.config.num_experts)
+    calibration(checkpoint, text, 1)(inputs)
+    lost = np.zeros((2, 5))
+    with Store.open(calibrated) as a, Store.open(plain) as b:
+        nested = {name for name, t in a.tensors.items() if t.kind == "nested"}
+        assert set(inputs.found) == nested - {"embed"}
+        for name, x in inputs.found.items():
+            w, layout = checkpoint.tensor(name), a.tensors[name].layout
+            assert layout is not None
+            for side, store in enumerate((a, b)):
+                segments = []
+                for ref in store.tensor_segments(name):
+                    segments.append(np.empty(ref.size, np.uint8))
+                    store.read_into(ref, segments[-1])
+                    (back,) = decode(layout, segments, len(segments) - 1)
+                    lost[side, len(segments) - 1] += output_error(w, back, x)
+    assert (lost[0, 2:] < lost[1, 2:]).all(), lost
+
+
 def test_a_calibrated_store(tmp_path: Path) -> None:
     """Opens, verifies, and its experts are nearer on the inputs that they see."""
     rng = np.random.default_rng(0)
@@ -263,6 +297,7 @@ def test_a_calibrated_store(tmp_path: Path) -> None:
             for p in (tmp_path / "plain.emoe", out)
         )
         assert nested < plain
+    assert_dense_nearer(checkpoint, text, out, tmp_path / "plain.emoe")
     with Store.open(out) as store:
         assert store.verify() == []
         assert store.metadata["quantizer"] == "affine8-nested"
@@ -389,14 +424,24 @@ def test_units_in_another_order_are_the_same_expert() -> None:
     survey = UnitSurvey(lambda layer, e: matrices, 1)
     want = survey(0, x, *route)
     got: list[tuple[Any, ...]] = []
-    experts = CalibratedExperts(
-        lambda layer, e: matrices, 1, survey, lambda *args: got.append(args)
-    )
+
+    class Kept:
+        def expert(self, *args: Any) -> None:
+            got.append(args)
+
+        def linears(self, *args: Any) -> None:
+            got.append(args)
+
+    experts = CalibratedExperts(lambda *_: matrices, 1, survey, Kept())
     np.testing.assert_array_equal(experts(0, x, *route), want)
-    ((layer, expert, (gate, up, down), shares, chunk),) = got
+    layer, expert, (gate, up, down), shares, chunk = got[0]
     assert (layer, expert) == (0, 0) and [len(s) for s in shares] == [16, 16, 40]
     a = reference.silu((x @ gate.T).astype(np.float64)) * (x @ up.T)
     np.testing.assert_allclose(a @ down.T * 0.5, want, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(chunk.middles, a[: len(chunk.middles)], rtol=1e-3, atol=1e-4)
     cost = np.square(a).sum(axis=0)
     assert (np.diff(cost) <= 1e-5 * cost[:-1]).all()
+    experts.see_linears(["q", "k"], x)
+    names, by = got[1]
+    assert names == ["q", "k"]
+    np.testing.assert_allclose(by, feedback(moment(x)), atol=1e-4)

@@ -12,8 +12,8 @@ that read them are kept one level ahead of the rest.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -52,8 +52,11 @@ DAMPING = 0.03
 ENOUGH = 256
 """Tokens an expert is calibrated on at least; one that the text reaches less gets others too."""
 
-AHEAD_SHARE = 0.3125
+AHEAD_SHARE = 0.25
 """Of the columns of all down matrices: kept one level ahead."""
+
+_LINEAR_TOKENS = 16384
+"""Of the text, that matrices outside the experts are calibrated on at most."""
 
 _SAMPLE = 128
 """Tokens that the sink gets of an expert."""
@@ -118,6 +121,10 @@ class ExpertInputs(ABC):
         self, layer: int, expert: int, matrices: ExpertMatrices, chunks: Iterator[Chunk]
     ) -> None:
         """One expert and its tokens, all of which must be taken."""
+
+    def see_linears(self, names: Sequence[str], x: F32) -> None:
+        """Matrices outside the experts, and what they read: x float32 [n, cols]. Not looked at."""
+        return
 
     def watch(self, layer: int, residual: F32) -> None:
         """The residual stream that the layer's experts add to: float32 [n, hidden]."""
@@ -208,16 +215,42 @@ class UnitSurvey(ExpertInputs):
         ]
 
 
-Sink = Callable[[int, int, ExpertMatrices, ExpertMatrices, Chunk], None]
-"""Takes (layer, expert, its matrices, the feedback [cols, cols] of each, some of its tokens)."""
+class Sink(Protocol):
+    """Takes what a calibrated pass makes of a model's matrices."""
+
+    def expert(
+        self,
+        layer: int,
+        expert: int,
+        matrices: ExpertMatrices,
+        feedback: ExpertMatrices,
+        sample: Chunk,
+    ) -> None:
+        """An expert, the feedback [cols, cols] of each of its matrices, some of its tokens."""
+        ...
+
+    def linears(self, names: Sequence[str], feedback: F32) -> None:
+        """Matrices outside the experts that share their input, and its feedback [cols, cols]."""
+        ...
 
 
 class CalibratedExperts(ExpertInputs):
-    """Hands each expert, its units in a survey's order, to `sink` with what its inputs tell."""
+    """Hands each expert, its units in a survey's order, to `sink` with what its inputs tell.
+
+    All other matrices too.
+    """
 
     def __init__(self, read: Read, num_experts: int, survey: UnitSurvey, sink: Sink) -> None:
         super().__init__(read, num_experts)
         self._survey, self._sink = survey, sink
+
+    def see_linears(self, names: Sequence[str], x: F32) -> None:
+        moment = np.zeros((x.shape[1],) * 2)
+        rows = x[np.linspace(0, len(x) - 1, min(len(x), _LINEAR_TOKENS)).astype(np.int64)]
+        for first in range(0, len(rows), _CHUNK):
+            part = rows[first : first + _CHUNK]
+            moment += part.T @ part
+        self._sink.linears(names, feedback(moment))
 
     def see(
         self, layer: int, expert: int, matrices: ExpertMatrices, chunks: Iterator[Chunk]
@@ -234,7 +267,7 @@ class CalibratedExperts(ExpertInputs):
         if sample is None:
             raise UsageError("a text of no tokens cannot calibrate")
         order = self._survey.order(layer, expert)
-        self._sink(
+        self._sink.expert(
             layer,
             expert,
             (gate[order], up[order], np.ascontiguousarray(down[:, order])),

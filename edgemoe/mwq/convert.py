@@ -24,7 +24,7 @@ from ..store import RecordWriter, StoreWriter, expert_name
 from ..types import F32, U8, NestedScales, QuantSpec
 from .calibrate import CalibratedExperts, Chunk, ExpertInputs, ExpertMatrices, UnitSurvey
 from .packing import pack_record, plane_pieces, scale_pieces
-from .quantize import quantize_matrix
+from .quantize import DENSE, EXPERTS, Worth, quantize_matrix
 from .sensitivity import SECTION, Estimate, measured
 
 Progress = Callable[[int, int, str], None]
@@ -65,7 +65,7 @@ def convert(
     max_level: int | None = None,
     threads: int | None = None,
     calibrate: Calibrate | None = None,
-    serve: Sequence[int] | None = None,
+    worth: Worth = EXPERTS,
 ) -> ConvertReport:
     """Convert a checkpoint into a store.
 
@@ -79,8 +79,7 @@ def convert(
             GGUF, 8 for a checkpoint).
         threads: that dequantize and quantize; None: one for each CPU this process may use.
         calibrate: lets experts be quantized for the inputs they see; None: weight by weight.
-        serve: with `calibrate`, levels that experts' codes are chosen for; None: all. The others
-            are there, but worse than they could be.
+        worth: with `calibrate`, what an error of experts counts at each level.
 
     Raises:
         UsageError: `max_level` is no level.
@@ -114,13 +113,11 @@ def convert(
         calibrate(survey)
     ahead = None if survey is None else survey.ahead()
     with StoreWriter(out, config, quant, metadata, ahead) as writer:
-        job = _Conversion(checkpoint, writer, pool, meter, serve)
+        job = _Conversion(checkpoint, writer, pool, meter, worth)
         if calibrate is None or survey is None:
             job.write_experts()
         else:
-            calibrate(
-                CalibratedExperts(checkpoint.expert, config.num_experts, survey, job.write_nested)
-            )
+            calibrate(CalibratedExperts(checkpoint.expert, config.num_experts, survey, job))
         for name in names:
             job.write_tensor(name)
         for name, data in checkpoint.files.items():
@@ -168,10 +165,10 @@ class _Conversion:
         writer: StoreWriter,
         pool: kernels.Pool,
         meter: _Meter,
-        serve: Sequence[int] | None,
+        worth: Worth,
     ) -> None:
         self._checkpoint, self._writer, self._pool, self._meter = checkpoint, writer, pool, meter
-        self._serve = serve
+        self._worth, self._written = worth, set[str]()
         config, levels = checkpoint.config, len(writer.quant.expert_levels)
         shape = len(config.moe_layers), config.num_experts, levels
         self.sensitivity: F32 = np.zeros(shape, np.float32)
@@ -197,7 +194,7 @@ class _Conversion:
     def _expert_rows(self, layer: int, expert: int, part: ExpertPart, first: int, stop: int) -> F32:
         return self._checkpoint.expert_matrix(layer, expert, part, rows=(first, stop))
 
-    def write_nested(
+    def expert(
         self,
         layer: int,
         expert: int,
@@ -205,35 +202,46 @@ class _Conversion:
         feedback: ExpertMatrices,
         sample: Chunk,
     ) -> None:
-        """One expert, its codes chosen for all levels together: a calibrate.Sink."""
+        """Write one, its codes chosen for all levels together; see calibrate.Sink."""
         layout, what = self._writer.expert_layout(layer), expert_name(layer, expert)
         parts = []
         for whole, (w, by) in enumerate(zip(matrices, feedback, strict=True)):
-            parts += self._quantize(what, w, layout, whole, by)
+            parts += self._quantize(what, w, layout, whole, by, self._worth)
             self._meter.add(w.size, what)
         codes, scales = zip(*parts, strict=True)
         segments = pack_record(layout, codes, scales, self._pool)
         self._writer.write_expert(layer, expert, segments)
         self._note(layer, expert, measured(layout, segments, sample, matrices[2]))
 
+    def linears(self, names: Sequence[str], feedback: F32) -> None:
+        """Write matrices outside the experts; see calibrate.Sink."""
+        for name in names:
+            self._write_nested(name, feedback)
+
     def write_tensor(self, name: str) -> None:
-        """A tensor outside the experts."""
-        source = self._checkpoint
-        if not is_nested(name):
-            array = source.tensor(name)
-            self._writer.write_f32(name, array)
-            self._meter.add(array.size, name)
+        """A tensor outside the experts, if it is not written already."""
+        if is_nested(name):
+            if name not in self._written:
+                self._write_nested(name)
             return
+        array = self._checkpoint.tensor(name)
+        self._writer.write_f32(name, array)
+        self._meter.add(array.size, name)
+
+    def _write_nested(self, name: str, feedback: F32 | None = None) -> None:
+        source = self._checkpoint
         rows, cols = source.shape(name)
         record = self._writer.open_nested(name, (rows, cols))
-        for _ in self._write_matrix(
-            record, 0, lambda first, stop: source.tensor(name, rows=(first, stop))
-        ):
+        runs = self._write_matrix(
+            record, 0, lambda first, stop: source.tensor(name, rows=(first, stop)), feedback
+        )
+        for _ in runs:
             pass
         record.close()
+        self._written.add(name)
 
     def _write_matrix(
-        self, record: RecordWriter, whole: int, read: _Rows
+        self, record: RecordWriter, whole: int, read: _Rows, feedback: F32 | None = None
     ) -> Iterator[tuple[F32, list[NestedScales]]]:
         """Write one whole matrix of a record; yields each run of rows and the scales of its parts.
 
@@ -247,7 +255,7 @@ class _Conversion:
         step = max(_RUN_WEIGHTS // (cols * ROW_BLOCK), 1) * ROW_BLOCK
         for first in range(0, rows, step):
             w = read(first, min(first + step, rows))
-            run = self._quantize(record.what, w, layout, whole)
+            run = self._quantize(record.what, w, layout, whole, feedback)
             for m, (codes, _) in zip(parts, run, strict=True):
                 for i, offset, data in plane_pieces(layout, m, first, codes, self._pool):
                     record.write(i, offset, data)
@@ -259,10 +267,16 @@ class _Conversion:
                 record.write(i, offset, data)
 
     def _quantize(
-        self, what: str, w: F32, layout: RecordLayout, whole: int, feedback: F32 | None = None
+        self,
+        what: str,
+        w: F32,
+        layout: RecordLayout,
+        whole: int,
+        feedback: F32 | None,
+        worth: Worth = DENSE,
     ) -> list[tuple[U8, NestedScales]]:
         try:
-            return quantize_matrix(w, layout, whole, self._pool, feedback, self._serve)
+            return quantize_matrix(w, layout, whole, self._pool, feedback, worth)
         except UsageError as exc:
             raise CheckpointError(f"{what}: {exc}") from exc
 

@@ -13,7 +13,7 @@ levels' outputs more than it costs the higher ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -27,22 +27,19 @@ REACH = 64
 """Steps that a code may lie from the nearest one: the width of a cell of level 2."""
 
 
-def level_weights(levels: Sequence[int], serve: Sequence[int] | None = None) -> F32:
-    """What an error counts at each level when codes are chosen for all: float32 [levels].
+Worth = Mapping[int, float]
+"""What an error counts at each level, in units of a cell's width; nothing at levels not there."""
 
-    serve: those that count; None: all.
+EXPERTS: Worth = {1: 6.0, 2: 6.0, 3: 1.2, 4: 1.5, 5: 0.3, 6: 0.3, 7: 0.01, 8: 0.01}
+"""At 2 bits, where a model's output moves most, more; above 4, where it hardly does, less."""
 
-    In units of a cell's width: above 4 bits, where a model's output hardly moves, errors count
-    less, and at 2, where it moves most, more. docs/quality.md has what the choice does.
-    """
-    worth = [
-        5.0 if level <= 2 else 1.0 if level <= 4 else 0.3 if level <= 6 else 0.03
-        for level in levels
-    ]
-    if serve is not None:
-        worth = [w if level in serve else 0.0 for level, w in zip(levels, worth, strict=True)]
-    cells = [4.0 ** (CODE_BITS - level) for level in levels]
-    return np.divide(worth, cells).astype(np.float32)
+DENSE: Worth = {4: 0.3, 5: 0.5, 6: 0.5, 7: 1.0, 8: 1.0}
+"""Matrices that all tokens share are small beside the experts, and seldom read below 6 bits."""
+
+
+def level_weights(levels: Sequence[int], worth: Worth) -> F32:
+    """What a squared error counts at each level when codes are chosen for all: float32 [levels]."""
+    return np.array([worth.get(b, 0.0) / 4.0 ** (CODE_BITS - b) for b in levels], np.float32)
 
 
 def quantize_matrix(
@@ -51,7 +48,7 @@ def quantize_matrix(
     whole: int = 0,
     pool: kernels.Pool | None = None,
     feedback: F32 | None = None,
-    serve: Sequence[int] | None = None,
+    worth: Worth = EXPERTS,
 ) -> list[tuple[U8, NestedScales]]:
     """Quantize one whole matrix of a record, or any run of its rows.
 
@@ -63,7 +60,7 @@ def quantize_matrix(
         whole: which of its matrices: 0, 1, 2 of an expert are gate, up, down.
         pool: threads to use; None: one.
         feedback: float32 [cols, cols], see calibrate.feedback; None: nearest codes.
-        serve: levels that codes are chosen for by feedback; None: all.
+        worth: of the levels, where codes are chosen by feedback.
 
     Returns:
         For each stored matrix that the whole one is made of, codes uint8 [rows, cols of it] and the
@@ -91,7 +88,7 @@ def quantize_matrix(
     starts, bits = _groups(layout, parts)
     scales = [by_level(layout, m, scales) for m, (_, scales) in zip(parts, out, strict=True)]
     s, o = (np.concatenate(pair, axis=2) for pair in zip(*scales, strict=True))
-    weight = level_weights(layout.levels, serve)
+    weight = level_weights(layout.levels, worth)
     kernels.nest_rows(pool, w, codes, starts, bits, (s, o), feedback, weight, REACH)
     return [
         (np.ascontiguousarray(codes[:, columns(layout, m)]), scales)

@@ -10,6 +10,7 @@ import numpy as np
 
 from edgemoe import kernels
 from edgemoe.checkpoint import Checkpoint
+from edgemoe.cpu_attn.kv_cache import KVCache
 from edgemoe.engine import Model, load
 from edgemoe.errors import UsageError, shown
 from edgemoe.evaluate import LOGITS, Runner, TokenScores, rows_at_once, score_windows, scratch_bytes
@@ -33,7 +34,7 @@ def measure(
     """Bits, divergence, change of perplexity and same-top share of each level; JSON-ready.
 
     bits are those of an expert's prefix on disk, scales and padding included. Dense weights are
-    read at 8 bits, activations are the engine's int8.
+    read at 8 bits, activations are the engine's int8, keys and values float32.
 
     Raises:
         UsageError: the store lacks a wanted level (none: all it has), or is another model's.
@@ -86,7 +87,9 @@ def _scores(store: Path, level: int, text: ScoredText, known: ReferenceFile) -> 
 
 
 def _runner(model: Model) -> Runner:
-    cache, chunk = model.new_cache(), model.plan.prefill_chunk
+    # llama.cpp's float16 cache is on both sides of its divergences; here it is on neither
+    cache = KVCache(model.config, model.plan.ctx_size, "f32")
+    chunk = model.plan.prefill_chunk
     step = rows_at_once(model.config.vocab_size, LOGITS)
 
     def run(tokens: I64, first: int) -> Iterator[F32]:

@@ -12,6 +12,7 @@ from edgemoe.calibration import calibration, most_tokens, windows
 from edgemoe.checkpoint import Checkpoint
 from edgemoe.errors import UsageError, shown
 from edgemoe.mwq.convert import convert
+from edgemoe.mwq.quantize import EXPERTS
 from edgemoe.terminal.evaluate_output import progress
 
 from .scored_text import tokenizer_of
@@ -71,7 +72,7 @@ def converted(
                 max_level=8,
                 progress=lambda a, b, _: report(a, b),
                 calibrate=calibrate,
-                serve=None if level is None else (level,),
+                worth=EXPERTS if level is None else {level: 1.0},
             )
 
     name = "nearest" if text is None else "calibrated" if level is None else f"for-{level}"
