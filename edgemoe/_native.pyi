@@ -17,6 +17,37 @@ class Matrix:
     @property
     def level(self) -> int: ...
 
+class Layer:
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        d: int,
+        window: int,
+        scale: float,
+        eps: float,
+        clip: float,
+        residual: float,
+        slots: int,
+        normalize: bool,
+        floats: dict[str, F32],
+        matrices: dict[str, Matrix],
+    ) -> None: ...
+    def run(
+        self,
+        pool: Pool,
+        x: F32,
+        add: F32,
+        cos: F32,
+        sin: F32,
+        places: Sequence[tuple[U8, int, int, int]],
+        h: F32,
+        ids: I32,
+        weights: F32,
+        mlp: F32,
+        mlp_gate: F32,
+    ) -> None: ...
+
 def isa_names() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str) -> bool: ...
@@ -54,6 +85,19 @@ def experts(
     pair_out: F32,
 ) -> None: ...
 def combine(pool: Pool, pair_out: F32, position: I32, weights: F32, y: F32) -> None: ...
+def mixture(
+    pool: Pool,
+    x: F32,
+    segments: U64,
+    offsets: I64,
+    level: int,
+    ids: I32,
+    weights: F32,
+    intermediate: int,
+    ahead: int,
+    group_units: int,
+    y: F32,
+) -> bool: ...
 def kv_block_bytes(kind: int, d: int) -> int: ...
 def kv_write(pool: Pool, data: U8, kind: int, k: F32, v: F32, start: int) -> None: ...
 def attention(
@@ -103,6 +147,27 @@ def experts_scratch(
     hidden: int,
     intermediate: int,
     ahead: int,
+    group_units: int,
+) -> int: ...
+def mixture_scratch(
+    threads: int,
+    n: int,
+    k: int,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    ahead: int,
+    group_units: int,
+) -> int: ...
+def layer_scratch(
+    threads: int,
+    n: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    d: int,
+    mlp: int,
+    experts: int,
     group_units: int,
 ) -> int: ...
 def attention_scratch(threads: int, n: int, heads: int, kv_heads: int, d: int) -> int: ...

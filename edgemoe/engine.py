@@ -131,10 +131,7 @@ def _plan(
         )
 
     try:
-        heads = (cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim)
-        pool_scratch = kernels.scratch_bytes(
-            experts, dense, threads, chunk, cfg.num_experts_per_tok, heads
-        )
+        pool_scratch = kernels.scratch_bytes(cfg, experts, dense, threads, chunk)
     except KernelError as exc:
         raise StoreError(f"{store.path}: {exc}; convert its checkpoint again") from None
     footprint = fit.Footprint(

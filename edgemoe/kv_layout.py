@@ -17,6 +17,7 @@ so that attention reads a head's blocks in one sweep, sixteen columns side by si
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class KVLayout:
         if self.capacity < 1:
             raise UsageError(f"context size must be at least 1, got {self.capacity}")
 
-    @property
+    @cached_property
     def kind(self) -> int:
         """The type as the kernels number it (em_kv_type)."""
         return list(_SIZES).index(self.kv_type)
@@ -75,7 +76,7 @@ class KVLayout:
         scales = 2 * BLOCK * 4 if self.kv_type == "int8" else 0
         return BLOCK * (self.head_dim + padded) * _SIZES[self.kv_type] + scales
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
         """Shape of a layer's uint8 array."""
         return self.kv_heads, self.blocks, self.block_bytes

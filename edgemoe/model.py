@@ -35,6 +35,7 @@ class Layer:
 
     A dense layer has no `router` [experts, hidden]. `gate_up` and `down` are its MLP, or the
     expert that all tokens share, whose sigmoid gate is `shared_router` [1, hidden].
+    `fused`: all of the layer but its experts in one call, if its matrices are nested.
     """
 
     input_norm: F32
@@ -48,6 +49,7 @@ class Layer:
     shared_router: F32 | None = None
     gate_up: Linears | None = None
     down: Linears | None = None
+    fused: kernels.DecoderLayer | None = None
 
 
 @dataclass(frozen=True)
@@ -109,24 +111,15 @@ def hidden(
     cos, sin = rope_tables(cfg, positions)
     x = weights.embed(tokens)
     x *= cfg.embedding_multiplier
+    y: F32 | None = None
     for i, layer in enumerate(weights.layers):
-        h = kernels.rmsnorm(pool, x, layer.input_norm, cfg.rms_norm_eps)
-        q, k, v = _qkv(cfg, pool, layer, h, cos, sin)
-        attended = np.empty_like(q)
-        row = 0
-        for s in spans:
-            part = slice(row, row + s.count)
-            attended[part] = s.cache.attend(pool, i, q[part], k[part], v[part])
-            row += s.count
-        (y,) = layer.out(attended.reshape(n, -1))
-        y = _biased(layer, "o", y)
-        y *= cfg.residual_multiplier
-        x += y
-
-        if watch is not None:
-            watch(i, x)
-        h = kernels.rmsnorm(pool, x, layer.post_norm, cfg.rms_norm_eps)
-        y = _feed_forward(cfg, pool, layer, i, h, experts)
+        if layer.fused is not None and watch is None:
+            places = [(s.cache.place(i, s.count), s.count) for s in spans]
+            part = layer.fused(pool, x, y, cos, sin, places)
+        else:
+            part = dense_part(cfg, pool, layer, i, x, y, cos, sin, spans, watch)
+        y = _feed_forward(part, i, experts)
+    if y is not None:
         y *= cfg.residual_multiplier
         x += y
     for s in spans:
@@ -138,26 +131,65 @@ def logits(weights: Weights, pool: kernels.Pool, x: F32) -> F32:
     """Logits float32 [n, vocab] of rows of `hidden`."""
     cfg = weights.config
     (out,) = weights.head(kernels.rmsnorm(pool, x, weights.norm, cfg.rms_norm_eps))
-    out /= cfg.logits_scaling
+    if cfg.logits_scaling != 1.0:
+        out /= cfg.logits_scaling
     return out
 
 
-def _feed_forward(
-    cfg: ModelConfig, pool: kernels.Pool, layer: Layer, index: int, h: F32, experts: Experts
-) -> F32:
-    """The mixture of experts, the plain MLP of a dense layer, or a mixture and a shared expert."""
-    mlp = None
+def dense_part(
+    cfg: ModelConfig,
+    pool: kernels.Pool,
+    layer: Layer,
+    index: int,
+    x: F32,
+    y: F32 | None,
+    cos: F32,
+    sin: F32,
+    spans: Sequence[Span],
+    watch: Callable[[int, F32], None] | None = None,
+) -> kernels.Routed:
+    """A layer up to its experts, in place on x, float32 [n, hidden], to which y, what the last
+    layer's feed-forward part gave, is added first. kernels.DecoderLayer does the same at once."""
+    n = len(x)
+    if y is not None:
+        y *= cfg.residual_multiplier
+        x += y
+    h = kernels.rmsnorm(pool, x, layer.input_norm, cfg.rms_norm_eps)
+    q, k, v = _qkv(cfg, pool, layer, h, cos, sin)
+    attended = np.empty_like(q)
+    row = 0
+    for s in spans:
+        part = slice(row, row + s.count)
+        attended[part] = s.cache.attend(pool, index, q[part], k[part], v[part])
+        row += s.count
+    (y,) = layer.out(attended.reshape(n, -1))
+    y = _biased(layer, "o", y)
+    y *= cfg.residual_multiplier
+    x += y
+
+    if watch is not None:
+        watch(index, x)
+    h = kernels.rmsnorm(pool, x, layer.post_norm, cfg.rms_norm_eps)
+    ids = gates = mlp = mlp_gate = None
     if layer.gate_up is not None and layer.down is not None:
         (mlp,) = layer.down(kernels.silu_mul(*layer.gate_up(h)))
-        if layer.router is None:
-            return mlp
-    if layer.router is None:
-        raise KernelError(f"layer {index} has neither a router nor an MLP")
-    logits = kernels.linear_f32(pool, h, layer.router)
-    ids, gates = kernels.route(logits, cfg.num_experts_per_tok, cfg.norm_topk_prob)
-    y = experts(index, h, ids, gates)
-    if mlp is not None and layer.shared_router is not None:
-        kernels.gated_add(y, kernels.linear_f32(pool, h, layer.shared_router), mlp)
+    if layer.router is not None:
+        logits = kernels.linear_f32(pool, h, layer.router)
+        ids, gates = kernels.route(logits, cfg.num_experts_per_tok, cfg.norm_topk_prob)
+    if layer.shared_router is not None:
+        mlp_gate = kernels.linear_f32(pool, h, layer.shared_router)
+    return kernels.Routed(h, ids, gates, mlp, mlp_gate)
+
+
+def _feed_forward(part: kernels.Routed, index: int, experts: Experts) -> F32:
+    """The mixture of experts, the plain MLP of a dense layer, or a mixture and a shared expert."""
+    if part.ids is None or part.gates is None:
+        if part.mlp is None:
+            raise KernelError(f"layer {index} has neither a router nor an MLP")
+        return part.mlp
+    y = experts(index, part.h, part.ids, part.gates)
+    if part.mlp is not None and part.mlp_gate is not None:
+        kernels.gated_add(y, part.mlp_gate, part.mlp)
     return y
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from itertools import accumulate
 from typing import Protocol
 
@@ -174,6 +175,7 @@ class FloatExperts:
 def from_store(store: Store, pool: kernels.Pool, arena: Arena, level_index: int) -> Weights:
     """Dense weights of a store, nested linears read into `arena` at one level."""
 
+    @cache
     def nested(name: str) -> kernels.NestedMatrix:
         rows, cols = store.tensors[name].shape
         segments = read_dense(store, arena, name, level_index)
@@ -188,13 +190,31 @@ def from_store(store: Store, pool: kernels.Pool, arena: Arena, level_index: int)
     def lookup(ids: I64) -> F32:
         return kernels.decode_rows(embed, ids)
 
-    layers = [
-        _layer(store.config, i, store.read_f32, linears)
-        for i in range(store.config.num_hidden_layers)
-    ]
+    layers = []
+    for i in range(store.config.num_hidden_layers):
+        layer = _layer(store.config, i, store.read_f32, linears)
+        layers.append(replace(layer, fused=_fused(store.config, i, layer, nested)))
     return Weights(
         store.config, lookup, layers, store.read_f32("norm"), NestedLinears(pool, [head])
     )
+
+
+def _fused(
+    config: ModelConfig, i: int, layer: Layer, nested: Callable[[str], kernels.NestedMatrix]
+) -> kernels.DecoderLayer:
+    """Layer i up to its experts, from the same vectors and matrices as `layer`."""
+    p = f"layers.{i}."
+    names = {m: p + m for m in ("q", "k", "v", "o")}
+    if layer.gate_up is not None:
+        mlp = p if layer.shared_router is None else p + "shared_"
+        names |= {m: mlp + m for m in ("gate", "up", "down")}
+    floats = {f"{name}_bias": bias for name, bias in layer.biases.items()}
+    for name in ("input_norm", "post_norm", "q_norm", "k_norm", "router", "shared_router"):
+        value = getattr(layer, name)
+        if value is not None:
+            floats[name] = value
+    matrices = {m: nested(name) for m, name in names.items()}
+    return kernels.DecoderLayer(config, i, floats, matrices)
 
 
 def from_checkpoint(source: FloatSource, blocks: RowBlocks | None = None) -> Weights:

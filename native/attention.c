@@ -244,7 +244,7 @@ int em_attention(em_pool *p, const float *q, const em_kv *kv, int n, int heads, 
         em_pool_unlock(p);
         return EM_NO_MEMORY;
     }
-    em_carver carver = {scratch};
+    em_carver carver = {.at = scratch};
     c.workers = em_carve(&carver, (size_t)threads * worker);
     if (c.round) {
         c.parts = em_carve(&carver, parts);

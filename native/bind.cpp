@@ -2,11 +2,16 @@
 // edgemoe/kernels.py; dtypes and contiguity here too (noconvert: nothing is ever copied).
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <map>
 #include <new>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "edgemoe.h"
@@ -38,6 +43,42 @@ void check(int status) {
 }
 
 int dim(const auto &array, size_t axis) { return static_cast<int>(array.shape(axis)); }
+
+using Floats = std::map<std::string, ConstF32>;
+using Matrices = std::map<std::string, const em_matrix *>;
+
+// Keeps the arrays that it points into; the memory of the matrices is its user's to keep.
+struct Layer {
+    em_layer l{};
+    Floats floats;
+
+    Layer(int heads, int kv_heads, int d, int window, float scale, float eps, float clip, float residual,
+          int slots, bool normalize, Floats given, const Matrices &matrices)
+        : floats(std::move(given)) {
+        l.hidden = static_cast<int>(floats.at("input_norm").size());
+        l.heads = heads, l.kv_heads = kv_heads, l.d = d;
+        l.window = window, l.scale = scale, l.eps = eps, l.clip = clip, l.residual = residual;
+        l.input_norm = find("input_norm"), l.post_norm = find("post_norm");
+        l.q_norm = find("q_norm", &l.q_norm_cols), l.k_norm = find("k_norm", &l.k_norm_cols);
+        l.q_bias = find("q_bias"), l.k_bias = find("k_bias"), l.v_bias = find("v_bias");
+        l.o_bias = find("o_bias");
+        l.router = find("router", &l.experts), l.shared_router = find("shared_router");
+        l.slots = slots, l.normalize = normalize;
+        l.q = *matrices.at("q"), l.k = *matrices.at("k"), l.v = *matrices.at("v"), l.o = *matrices.at("o");
+        if (matrices.contains("gate")) {
+            l.gate = *matrices.at("gate"), l.up = *matrices.at("up"), l.down = *matrices.at("down");
+            l.mlp = l.gate.rows;
+        }
+    }
+
+    // A tensor, NULL if there is none, and the length of its first axis.
+    const float *find(const char *name, int *length = nullptr) const {
+        const auto at = floats.find(name);
+        if (at == floats.end()) return nullptr;
+        if (length) *length = dim(at->second, 0);
+        return at->second.data();
+    }
+};
 
 } // namespace
 
@@ -164,25 +205,14 @@ NB_MODULE(_native, m) {
         [](Pool &pool, ConstF32 x, Array<const uint64_t> segments, Array<const int64_t> offsets,
            Array<const int32_t> levels, Array<const int32_t> first_pair, Array<const int32_t> pair_token,
            int intermediate, int ahead, int group_units, F32 pair_out) {
-            const int hidden = dim(x, 1), stride = 2 * dim(offsets, 1);
+            const em_record record = {offsets.data(), dim(offsets, 1), dim(x, 1),
+                                      intermediate,   ahead,           group_units};
             std::vector<em_job> jobs(levels.shape(0));
             for (size_t j = 0; j < jobs.size(); j++) {
-                const uint64_t *at = segments.data() + j * segments.shape(1);
-                const int64_t *o = offsets.data();
-                const int level = levels.data()[j], *first = first_pair.data() + j;
-                em_job &job = jobs[j];
-                job.gate = em_matrix_at(at, o, stride, level, 0, intermediate, hidden, group_units);
-                job.up = em_matrix_at(at, o + 2, stride, level, 0, intermediate, hidden, group_units);
-                if (ahead > 0)
-                    job.down[job.downs++] =
-                        em_matrix_at(at, o + 4, stride, level, 1, hidden, ahead, group_units);
-                if (ahead < intermediate) {
-                    const int64_t *rest = o + 4 + 2 * job.downs;
-                    job.down[job.downs++] =
-                        em_matrix_at(at, rest, stride, level, 0, hidden, intermediate - ahead, group_units);
-                }
-                job.first = first[0];
-                job.count = first[1] - first[0];
+                const int *first = first_pair.data() + j;
+                jobs[j] = em_job_at(&record, segments.data() + j * segments.shape(1), levels.data()[j]);
+                jobs[j].first = first[0];
+                jobs[j].count = first[1] - first[0];
             }
             nb::gil_scoped_release nogil;
             check(em_experts(pool.p, x.data(), dim(x, 0), jobs.data(), static_cast<int>(jobs.size()),
@@ -201,6 +231,47 @@ NB_MODULE(_native, m) {
         },
         "pool"_a, "pair_out"_a.noconvert(), "position"_a.noconvert(), "weights"_a.noconvert(),
         "y"_a.noconvert());
+
+    m.def(
+        "mixture",
+        [](Pool &pool, ConstF32 x, Array<const uint64_t> segments, Array<const int64_t> offsets, int level,
+           Array<const int32_t> ids, ConstF32 weights, int intermediate, int ahead, int group_units, F32 y) {
+            const em_record record = {offsets.data(), dim(offsets, 1), dim(x, 1),
+                                      intermediate,   ahead,           group_units};
+            nb::gil_scoped_release nogil;
+            const int status =
+                em_mixture(pool.p, &record, segments.data(), dim(segments, 0), dim(segments, 1), level,
+                           x.data(), dim(x, 0), dim(ids, 1), ids.data(), weights.data(), y.data());
+            check(status);
+            return status == EM_OK;
+        },
+        "pool"_a, "x"_a.noconvert(), "segments"_a.noconvert(), "offsets"_a.noconvert(), "level"_a,
+        "ids"_a.noconvert(), "weights"_a.noconvert(), "intermediate"_a, "ahead"_a, "group_units"_a,
+        "y"_a.noconvert());
+
+    nb::class_<Layer>(m, "Layer")
+        .def(nb::init<int, int, int, int, float, float, float, float, int, bool, Floats, Matrices>(),
+             "heads"_a, "kv_heads"_a, "d"_a, "window"_a, "scale"_a, "eps"_a, "clip"_a, "residual"_a,
+             "slots"_a, "normalize"_a, "floats"_a.noconvert(), "matrices"_a)
+        .def(
+            "run",
+            [](const Layer &layer, Pool &pool, F32 x, ConstF32 add, ConstF32 cos, ConstF32 sin,
+               const std::vector<std::tuple<Array<uint8_t>, int, int, int>> &places, F32 h,
+               Array<int32_t> ids, F32 weights, F32 mlp, F32 mlp_gate) {
+                std::vector<em_span> spans;
+                spans.reserve(places.size());
+                for (const auto &[data, kind, start, count] : places)
+                    spans.push_back(
+                        {{data.data(), kind, dim(data, 0), layer.l.d, dim(data, 1)}, start, count});
+                const em_routed out = {h.data(), ids.data(), weights.data(), mlp.data(), mlp_gate.data()};
+                nb::gil_scoped_release nogil;
+                check(em_layer_run(pool.p, &layer.l, x.data(), add.size() ? add.data() : nullptr, dim(x, 0),
+                                   cos.data(), sin.data(), spans.data(), static_cast<int>(spans.size()),
+                                   &out));
+            },
+            "pool"_a, "x"_a.noconvert(), "add"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(),
+            "places"_a.noconvert(), "h"_a.noconvert(), "ids"_a.noconvert(), "weights"_a.noconvert(),
+            "mlp"_a.noconvert(), "mlp_gate"_a.noconvert());
 
     m.def("kv_block_bytes", &em_kv_block_bytes, "kind"_a, "d"_a);
 
@@ -303,5 +374,9 @@ NB_MODULE(_native, m) {
     m.def("linear_scratch", &em_linear_scratch, "n"_a, "cols"_a, "group_units"_a);
     m.def("experts_scratch", &em_experts_scratch, "threads"_a, "n"_a, "pairs"_a, "hidden"_a, "intermediate"_a,
           "ahead"_a, "group_units"_a);
+    m.def("mixture_scratch", &em_mixture_scratch, "threads"_a, "n"_a, "k"_a, "experts"_a, "hidden"_a,
+          "intermediate"_a, "ahead"_a, "group_units"_a);
+    m.def("layer_scratch", &em_layer_scratch, "threads"_a, "n"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "d"_a,
+          "mlp"_a, "experts"_a, "group_units"_a);
     m.def("attention_scratch", &em_attention_scratch, "threads"_a, "n"_a, "heads"_a, "kv_heads"_a, "d"_a);
 }

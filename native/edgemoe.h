@@ -30,7 +30,7 @@ enum { EM_KV_BLOCK = 64, EM_KV_PANEL = 16, EM_KV_SPLIT = 256 };
 
 enum { EM_PEAK_PRODUCTS = 512 }; /* of a round of em_isa.peak */
 
-enum em_status { EM_OK = 0, EM_NO_MEMORY = -1, EM_BAD_WEIGHTS = -2 };
+enum em_status { EM_OK = 0, EM_NO_MEMORY = -1, EM_BAD_WEIGHTS = -2, EM_NO_SUCH_EXPERT = -3 };
 
 /* A [rows, cols] matrix read at levels[level]: the plane of each step up to it, the shifts of the last,
  * and the exponents and steps of the first. */
@@ -119,7 +119,7 @@ extern const em_isa em_isa_neon, em_isa_neon_dotprod, em_isa_neon_i8mm;
 #endif
 
 /* A pool of worker threads. Who waits, workers for a task and callers for the workers, spins for some
- * microseconds, then sleeps. */
+ * hundreds of microseconds, then sleeps. */
 typedef struct em_pool em_pool;
 typedef void (*em_task)(void *ctx, int task, int worker);
 
@@ -132,6 +132,10 @@ void em_pool_run(em_pool *p, em_task fn, void *ctx, int tasks);
 /* Scratch of at least `bytes`, 64-byte aligned, kept for the pool's life; NULL: no memory. Valid
  * until the next call; operations on one pool are serialised by em_pool_lock. */
 void *em_pool_scratch(em_pool *p, size_t bytes);
+/* The first `bytes` of the scratch last given stay valid: until em_pool_hold(p, 0), what others are given
+ * comes after them and must fit what there is. For operations made of others, which lock the pool themselves
+ * too. */
+void em_pool_hold(em_pool *p, size_t bytes);
 size_t em_pool_scratch_bytes(const em_pool *p);
 void em_pool_lock(em_pool *p);
 void em_pool_unlock(em_pool *p);
@@ -165,6 +169,15 @@ typedef struct {
     int first, count; /* its pairs are first .. first + count - 1 */
 } em_job;
 
+/* Where the matrices of a layer's experts lie in their records: offsets [levels, matrices, 2] as em_matrix_at
+ * takes them, of gate, up and one or two downs. The first `ahead` columns of down are one level ahead. */
+typedef struct {
+    const int64_t *offsets;
+    int matrices, hidden, intermediate, ahead, group_units;
+} em_record;
+
+/* The expert whose segments lie at these addresses, without any pairs. */
+em_job em_job_at(const em_record *r, const uint64_t *segments, int level);
 /* pair_out [pairs, hidden] = down(silu(gate x) * up x) for every pair of every job;
  * pair_token[i] is the row of x that pair i reads. */
 int em_experts(em_pool *p, const float *x, int n, const em_job *jobs, int job_count,
@@ -172,6 +185,11 @@ int em_experts(em_pool *p, const float *x, int n, const em_job *jobs, int job_co
 /* y [n, hidden] = sum over slots ascending of weights [n, k] * pair_out[position [n, k]]. */
 void em_combine(em_pool *p, const float *pair_out, const int32_t *position, const float *weights, int n,
                 int k, int hidden, float *y);
+/* y [n, hidden] = sum over slots of weights [n, k] * expert(x): em_experts, hottest expert first (ties: the
+ * lower index), then em_combine. Expert ids [n, k] are rows of segments [experts, depth], their addresses,
+ * all read at `level`. EM_NO_SUCH_EXPERT: there is no such row, or an address that is needed is 0. */
+int em_mixture(em_pool *p, const em_record *r, const uint64_t *segments, int experts, int depth, int level,
+               const float *x, int n, int k, const int32_t *ids, const float *weights, float *y);
 /* Keys and values of a sequence in one layer: data [heads, blocks, em_kv_block_bytes]. A block holds the
  * positions from a multiple of 64 on: keys [4, d, 16] (panels of 16 positions), values
  * [ceil(d / 16), 64, 16] (panels of 16 columns, zeros beyond d), then, of int8, float32 scales of the
@@ -203,6 +221,43 @@ void em_kv_write(em_pool *p, const em_kv *kv, const float *k, const float *v, in
  *     acc = acc * a; at last out = acc / sum. */
 int em_attention(em_pool *p, const float *q, const em_kv *kv, int n, int heads, int start, int window,
                  float scale, const float *sinks, float *out);
+
+/* A decoder layer without its experts. What it lacks is NULL or 0. */
+typedef struct {
+    int hidden, heads, kv_heads, d;
+    int window; /* 0 = all */
+    float scale, eps, clip, residual;
+    const float *input_norm, *post_norm;            /* [hidden] */
+    const float *q_norm, *k_norm;                   /* [q_norm_cols], a head or the whole projection */
+    int q_norm_cols, k_norm_cols;                   /* of which the projections' columns are multiples */
+    const float *q_bias, *k_bias, *v_bias, *o_bias; /* [rows of the projection] */
+    em_matrix q, k, v, o;
+    const float *router;        /* [experts, hidden] */
+    const float *shared_router; /* [hidden] */
+    int experts, slots, normalize;
+    em_matrix gate, up, down; /* of a plain MLP, or of the expert that all tokens share */
+    int mlp;                  /* rows of gate and up */
+} em_layer;
+
+/* The next `count` rows of a batch continue the sequence of this cache at position `start`. */
+typedef struct {
+    em_kv kv;
+    int start, count;
+} em_span;
+
+/* What the feed-forward part needs of n tokens: h [n, hidden], the normed residual stream; with a router ids
+ * and weights [n, slots]; with an MLP its result, mlp [n, hidden], and with a shared router mlp_gate [n]. */
+typedef struct {
+    float *h;
+    int32_t *ids;
+    float *weights, *mlp, *mlp_gate;
+} em_routed;
+
+/* Everything of a layer up to its experts, in place on the residual stream x [n, hidden], to which what the
+ * last layer's feed-forward part gave, `add` [n, hidden] or NULL, is added first: attention, whose keys and
+ * values are stored, router and MLP. cos, sin [n, d / 2]. It is the operations above one after the other. */
+int em_layer_run(em_pool *p, const em_layer *l, float *x, const float *add, int n, const float *cos,
+                 const float *sin, const em_span *spans, int span_count, const em_routed *out);
 
 /* Sum of the 64-bit words at data, 64-byte aligned: what reading memory alone takes. */
 uint64_t em_stream_read(em_pool *p, const void *data, size_t bytes);
@@ -247,6 +302,11 @@ void em_dequantize(em_pool *p, const em_ggml_type *type, const uint8_t *data, si
 size_t em_linear_scratch(int n, int cols, int group_units);
 size_t em_experts_scratch(int threads, int n, int pairs, int hidden, int intermediate, int ahead,
                           int group_units); /* ahead: columns of the first of two down matrices, or 0 */
+size_t em_mixture_scratch(int threads, int n, int k, int experts, int hidden, int intermediate, int ahead,
+                          int group_units);
+/* mlp, experts: the most a layer has, 0 for none. */
+size_t em_layer_scratch(int threads, int n, int hidden, int heads, int kv_heads, int d, int mlp, int experts,
+                        int group_units);
 size_t em_attention_scratch(int threads, int n, int heads, int kv_heads, int d); /* of up to n tokens */
 
 #ifdef __cplusplus

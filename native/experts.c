@@ -50,6 +50,22 @@ static int plan_tasks(const em_job *jobs, int count, int rows, int *first_task) 
     return first_task[count] = total;
 }
 
+em_job em_job_at(const em_record *r, const uint64_t *segments, int level) {
+    const int stride = 2 * r->matrices, rest = r->intermediate - r->ahead;
+    const int64_t *o = r->offsets;
+    em_job job = {0};
+    job.gate = em_matrix_at(segments, o, stride, level, 0, r->intermediate, r->hidden, r->group_units);
+    job.up = em_matrix_at(segments, o + 2, stride, level, 0, r->intermediate, r->hidden, r->group_units);
+    if (r->ahead > 0)
+        job.down[job.downs++] =
+            em_matrix_at(segments, o + 4, stride, level, 1, r->hidden, r->ahead, r->group_units);
+    if (rest > 0) {
+        o += 4 + 2 * job.downs;
+        job.down[job.downs++] = em_matrix_at(segments, o, stride, level, 0, r->hidden, rest, r->group_units);
+    }
+    return job;
+}
+
 static void gate_up_task(void *raw, int task, int worker) {
     const experts_ctx *c = raw;
     const part p = locate(c, task, c->intermediate);
@@ -112,8 +128,8 @@ int em_experts(em_pool *p, const float *x, int n, const em_job *jobs, int job_co
     const em_matrix *up = &jobs[0].up, *down = jobs[0].down;
     const int downs = jobs[0].downs, ahead = downs > 1 ? down[0].cols : 0;
     em_pool_lock(p);
-    em_carver c = {em_pool_scratch(p, experts_scratch(em_pool_threads(p), n, pairs, job_count, up->cols,
-                                                      up->rows, ahead, up->group_units))};
+    em_carver c = {.at = em_pool_scratch(p, experts_scratch(em_pool_threads(p), n, pairs, job_count, up->cols,
+                                                            up->rows, ahead, up->group_units))};
     if (!c.at) {
         em_pool_unlock(p);
         return EM_NO_MEMORY;
@@ -139,32 +155,4 @@ int em_experts(em_pool *p, const float *x, int n, const em_job *jobs, int job_co
     em_pool_run(p, down_task, &ctx, plan_tasks(jobs, job_count, ctx.hidden, first_task));
     em_pool_unlock(p);
     return EM_OK;
-}
-
-typedef struct {
-    const float *pair_out, *weights;
-    const int32_t *position;
-    int k, hidden;
-    float *y;
-} combine_ctx;
-
-static void combine_task(void *raw, int task, int worker) {
-    (void)worker;
-    const combine_ctx *c = raw;
-    float *y = c->y + (size_t)task * (size_t)c->hidden;
-    for (int d = 0; d < c->hidden; d++) y[d] = 0.0f;
-    for (int s = 0; s < c->k; s++) {
-        const size_t at = (size_t)task * (size_t)c->k + (size_t)s;
-        const float *from = c->pair_out + (size_t)c->position[at] * (size_t)c->hidden;
-        const float w = c->weights[at];
-        for (int d = 0; d < c->hidden; d++) y[d] += w * from[d];
-    }
-}
-
-void em_combine(em_pool *p, const float *pair_out, const int32_t *position, const float *weights, int n,
-                int k, int hidden, float *y) {
-    combine_ctx c = {pair_out, weights, position, k, hidden, y};
-    em_pool_lock(p);
-    em_pool_run(p, combine_task, &c, n);
-    em_pool_unlock(p);
 }

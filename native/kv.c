@@ -88,7 +88,7 @@ void em_kv_write(em_pool *p, const em_kv *kv, const float *k, const float *v, in
     const int first = start / EM_KV_BLOCK, end = em_ceil_div(start + n, EM_KV_BLOCK);
     write_ctx c = {em_isa_current(), kv, k, v, n, start, first};
     em_pool_lock(p);
-    if (n < 8) { /* too little to wake anyone for */
+    if ((size_t)n * (size_t)(kv->heads * kv->d) < EM_LITTLE / 8) { /* each column goes to a line of its own */
         for (int i = 0; i < (end - first) * kv->heads; i++) write_task(&c, i, 0);
     } else {
         em_pool_run(p, write_task, &c, (end - first) * kv->heads);

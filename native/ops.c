@@ -96,7 +96,7 @@ size_t em_linear_scratch(int n, int cols, int group_units) {
 int em_linear(em_pool *p, const float *x, int n, const em_matrix *const *w, float *const *y, int count) {
     const em_isa *isa = em_isa_current();
     em_pool_lock(p);
-    em_carver c = {em_pool_scratch(p, em_linear_scratch(n, w[0]->cols, w[0]->group_units))};
+    em_carver c = {.at = em_pool_scratch(p, em_linear_scratch(n, w[0]->cols, w[0]->group_units))};
     if (!c.at) {
         em_pool_unlock(p);
         return EM_NO_MEMORY;
@@ -116,7 +116,7 @@ int em_accumulate(em_pool *p, const float *x, int n, const em_matrix *w, int8_t 
                   int32_t *out) {
     const em_isa *isa = em_isa_current();
     em_pool_lock(p);
-    em_carver c = {em_pool_scratch(p, em_linear_scratch(n, w->cols, w->group_units))};
+    em_carver c = {.at = em_pool_scratch(p, em_linear_scratch(n, w->cols, w->group_units))};
     if (!c.at) {
         em_pool_unlock(p);
         return EM_NO_MEMORY;
@@ -137,7 +137,7 @@ typedef struct {
     int n, rows, cols;
 } dense_ctx;
 
-enum { DENSE_ROWS = 32 };
+enum { DENSE_ROWS = 8 };
 
 static void dense_task(void *raw, int task, int worker) {
     (void)worker;

@@ -7,18 +7,22 @@
 /* A task multiplies this many row blocks with this many tokens. */
 enum { CHUNK_BLOCKS = 8, CHUNK_ROWS = CHUNK_BLOCKS * EM_ROW_BLOCK, TOKEN_TILE = 64 };
 
+/* Floats that are written or read once: less is done sooner than a worker is told. */
+#define EM_LITTLE ((size_t)8192)
+
 static inline size_t em_padded(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
 static inline int em_ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-/* Carves 64-byte aligned pieces out of one allocation. */
+/* Carves 64-byte aligned pieces out of one allocation; out of none (NULL) it only counts their bytes. */
 typedef struct {
     char *at;
+    size_t used;
 } em_carver;
 
 static inline void *em_carve(em_carver *c, size_t bytes) {
-    void *out = c->at;
-    c->at += em_padded(bytes);
+    void *out = c->at ? c->at + c->used : NULL;
+    c->used += em_padded(bytes);
     return out;
 }
 

@@ -2,30 +2,35 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 
-#include "edgemoe.h"
+#include "ops_common.h"
 
-/* Long enough to bridge the gap between two operations of one token, short enough that an idle
- * process costs nothing that shows. */
-enum { SPINS = 4000 };
+/* Looks at what is waited for before going to sleep. A worker's bridge what happens between two operations
+ * and, in Python, two layers: some hundred microseconds, which an idle process does not show. A caller's
+ * bridge the last task of a run; where that takes longer, its worker needs the processor more than the caller
+ * does. */
+enum { WORKER_SPINS = 8000, CALLER_SPINS = 1000 };
 
+/* A run is its tasks: whoever takes the last one ends it, and a worker that sleeps or was put off the
+ * processor is not waited for. What every thread writes has a cache line to itself. */
 struct em_pool {
     int threads;
     pthread_t *workers;
     int started;
-    pthread_mutex_t op;    /* held for a whole operation: one at a time */
-    pthread_mutex_t sleep; /* guards the condition below */
+    pthread_mutex_t op;    /* held for a whole operation, and by those it is made of */
+    pthread_mutex_t sleep; /* guards the conditions below */
     pthread_cond_t wake;
     pthread_cond_t done;
-    atomic_uint generation; /* rises by one with every run */
-    atomic_int next;        /* next task to claim */
-    atomic_int busy;        /* workers that have not finished this run */
     atomic_int quit;
     em_task fn;
     void *ctx;
     int tasks;
-    void *scratch;
-    size_t scratch_bytes;
+    char *scratch;
+    size_t scratch_bytes, held;
+    _Alignas(64) atomic_int left; /* tasks that nobody has taken; below zero if many looked */
+    _Alignas(64) atomic_int unfinished;
+    _Alignas(64) atomic_int sleepers;
 };
 
 typedef struct {
@@ -41,36 +46,36 @@ static inline void relax(void) {
 #endif
 }
 
-static void work(em_pool *p, int worker) {
-    for (;;) {
-        const int task = atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed);
-        if (task >= p->tasks) return;
-        p->fn(p->ctx, task, worker);
+/* Takes tasks until none is left; the number done. What em_pool_run wrote is read only once a task is taken:
+ * until that is done, the run cannot end and nothing of it changes. */
+static int work(em_pool *p, int worker) {
+    for (int done = 0;; done++) {
+        const int left = atomic_fetch_sub_explicit(&p->left, 1, memory_order_acq_rel);
+        if (left <= 0) return done;
+        p->fn(p->ctx, p->tasks - left, worker);
     }
 }
+
+static int nothing_to_do(em_pool *p) { return atomic_load(&p->left) <= 0 && !atomic_load(&p->quit); }
 
 static void *worker_main(void *raw) {
     worker_arg arg = *(worker_arg *)raw;
     free(raw);
     em_pool *p = arg.pool;
-    unsigned seen = 0;
     for (;;) {
-        int spins = 0;
-        while (atomic_load_explicit(&p->generation, memory_order_acquire) == seen) {
-            if (++spins < SPINS) {
-                relax();
-                continue;
-            }
+        for (int spins = 0; spins < WORKER_SPINS && nothing_to_do(p); spins++) relax();
+        if (nothing_to_do(p)) {
             pthread_mutex_lock(&p->sleep);
-            while (atomic_load_explicit(&p->generation, memory_order_acquire) == seen)
-                pthread_cond_wait(&p->wake, &p->sleep);
+            /* First this is told, then looked for work; em_pool_run does it the other way round. */
+            atomic_fetch_add(&p->sleepers, 1);
+            while (nothing_to_do(p)) pthread_cond_wait(&p->wake, &p->sleep);
+            atomic_fetch_sub(&p->sleepers, 1);
             pthread_mutex_unlock(&p->sleep);
         }
-        seen++;
-        if (atomic_load_explicit(&p->quit, memory_order_relaxed)) return NULL;
-        work(p, arg.index);
-        if (atomic_fetch_sub_explicit(&p->busy, 1, memory_order_acq_rel) == 1) {
-            /* Under the mutex, for the same reason as in announce. */
+        if (atomic_load(&p->quit)) return NULL;
+        const int done = work(p, arg.index);
+        if (done && atomic_fetch_sub(&p->unfinished, done) == done) {
+            /* Under the mutex, so that a caller between its last look and its wait cannot miss it. */
             pthread_mutex_lock(&p->sleep);
             pthread_cond_signal(&p->done);
             pthread_mutex_unlock(&p->sleep);
@@ -78,19 +83,23 @@ static void *worker_main(void *raw) {
     }
 }
 
-static void announce(em_pool *p) {
-    /* Under the mutex, so that a worker between its last look and its wait cannot miss it. */
+static void wake_all(em_pool *p) {
+    if (!atomic_load(&p->sleepers)) return;
     pthread_mutex_lock(&p->sleep);
-    atomic_fetch_add_explicit(&p->generation, 1, memory_order_release);
     pthread_cond_broadcast(&p->wake);
     pthread_mutex_unlock(&p->sleep);
 }
 
 em_pool *em_pool_new(int threads) {
-    em_pool *p = calloc(1, sizeof *p);
+    em_pool *p = aligned_alloc(64, sizeof *p);
     if (!p) return NULL;
+    memset(p, 0, sizeof *p);
     p->threads = threads;
-    pthread_mutex_init(&p->op, NULL);
+    pthread_mutexattr_t again;
+    pthread_mutexattr_init(&again);
+    pthread_mutexattr_settype(&again, PTHREAD_MUTEX_RECURSIVE);
+    pthread_mutex_init(&p->op, &again);
+    pthread_mutexattr_destroy(&again);
     pthread_mutex_init(&p->sleep, NULL);
     pthread_cond_init(&p->wake, NULL);
     pthread_cond_init(&p->done, NULL);
@@ -120,7 +129,7 @@ em_pool *em_pool_new(int threads) {
 void em_pool_free(em_pool *p) {
     if (!p) return;
     atomic_store(&p->quit, 1);
-    announce(p);
+    wake_all(p);
     for (int i = 0; i < p->started; i++) pthread_join(p->workers[i], NULL);
     pthread_cond_destroy(&p->done);
     pthread_cond_destroy(&p->wake);
@@ -145,26 +154,30 @@ void em_pool_run(em_pool *p, em_task fn, void *ctx, int tasks) {
     p->fn = fn;
     p->ctx = ctx;
     p->tasks = tasks;
-    atomic_store_explicit(&p->next, 0, memory_order_relaxed);
-    atomic_store_explicit(&p->busy, p->started, memory_order_relaxed);
-    announce(p);
-    work(p, 0);
-    for (int spins = 0; spins < SPINS; spins++) {
-        if (!atomic_load_explicit(&p->busy, memory_order_acquire)) return;
+    atomic_store_explicit(&p->unfinished, tasks, memory_order_relaxed);
+    atomic_store(&p->left, tasks);
+    wake_all(p);
+    const int done = work(p, 0);
+    if (atomic_fetch_sub(&p->unfinished, done) == done) return;
+    for (int spins = 0; spins < CALLER_SPINS; spins++) {
+        if (!atomic_load_explicit(&p->unfinished, memory_order_acquire)) return;
         relax();
     }
     pthread_mutex_lock(&p->sleep);
-    while (atomic_load_explicit(&p->busy, memory_order_acquire)) pthread_cond_wait(&p->done, &p->sleep);
+    while (atomic_load(&p->unfinished)) pthread_cond_wait(&p->done, &p->sleep);
     pthread_mutex_unlock(&p->sleep);
 }
 
 void *em_pool_scratch(em_pool *p, size_t bytes) {
-    if (bytes > p->scratch_bytes) {
+    const size_t needed = p->held + em_padded(bytes);
+    if (needed > p->scratch_bytes) {
         void *fresh = NULL;
-        if (posix_memalign(&fresh, 64, (bytes + 63) & ~(size_t)63)) return NULL;
+        if (p->held || posix_memalign(&fresh, 64, needed)) return NULL;
         free(p->scratch);
         p->scratch = fresh;
-        p->scratch_bytes = bytes;
+        p->scratch_bytes = needed;
     }
-    return p->scratch;
+    return p->scratch + p->held;
 }
+
+void em_pool_hold(em_pool *p, size_t bytes) { p->held = em_padded(bytes); }

@@ -109,7 +109,7 @@ int em_quantize_rows(em_pool *p, const float *w, int rows, int cols, int group, 
     const int groups = em_ceil_div(cols, group);
     const size_t ranges = em_padded((size_t)em_pool_threads(p) * (size_t)groups * sizeof(group_range));
     em_pool_lock(p);
-    em_carver c = {em_pool_scratch(p, ranges + em_padded((size_t)rows * sizeof(int)))};
+    em_carver c = {.at = em_pool_scratch(p, ranges + em_padded((size_t)rows * sizeof(int)))};
     if (!c.at) {
         em_pool_unlock(p);
         return EM_NO_MEMORY;

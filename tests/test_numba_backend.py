@@ -343,7 +343,8 @@ def test_segments_must_be_aligned(numba_only: None) -> None:
 def test_it_offers_what_the_native_module_does(numba_only: None) -> None:
     layout = dense_layout(16, 64, QuantSpec())
     segments, _ = random_record(layout, np.random.default_rng(0))
-    made = {"Pool": kernels.new_pool(1), "Matrix": NestedMatrix.of(layout, segments).native}
+    matrix = NestedMatrix.of(layout, segments).native
+    made = {"Pool": kernels.new_pool(1), "Matrix": matrix, "Layer": numba_backend.Layer}
     stub = ast.parse((Path(edgemoe.__file__).parent / "_native.pyi").read_text())
     for node in stub.body:
         if isinstance(node, ast.ClassDef):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cache
 
 import numpy as np
 
@@ -36,12 +37,22 @@ class AttentionState(ABC):
         self.length = 0
 
     @abstractmethod
+    def place(self, layer: int, n: int) -> kernels.KVPlace:
+        """Where a layer's keys and values lie, with room for n tokens after the first `length`."""
+
     def attend(self, pool: kernels.Pool, layer: int, q: F32, k: F32, v: F32) -> F32:
         """Attend from the tokens that follow `length`, whose keys and values are k and v.
 
-        q: float32 [n, heads, d]; k, v: float32 [n, kv_heads, d]. Returns float32 [n, heads, d].
-        `length` itself moves with `advance`, once all layers have seen these tokens.
+        q: float32 [n, heads, d]; k, v: float32 [n, kv_heads, d], which are stored. Returns float32
+        [n, heads, d]. `length` itself moves with `advance`, once all layers have seen these tokens.
+
+        Raises:
+            UsageError: the tokens do not fit.
         """
+        layout, data, start = self.place(layer, len(q))
+        kernels.kv_write(pool, layout, data, k, v, start)
+        window = self._windows[layer]
+        return kernels.attention(pool, q, layout, data, start, self._scale, window)
 
     def advance(self, n: int) -> None:
         """The n tokens just attended from are now part of the sequence."""
@@ -51,14 +62,12 @@ class AttentionState(ABC):
 class OnePass(AttentionState):
     """A sequence that comes in one piece, in float32: no layer's keys and values are kept."""
 
-    def attend(self, pool: kernels.Pool, layer: int, q: F32, k: F32, v: F32) -> F32:
-        """As AttentionState says, from the start of the sequence."""
+    def place(self, layer: int, n: int) -> kernels.KVPlace:
+        """As AttentionState says, at the start of the sequence."""
         if self.length:
             raise UsageError("a one-pass sequence cannot be continued: use a KVCache")
-        layout = layout_of(self._config, len(q), "f32")
-        (data,) = layout.allocate(1)
-        kernels.kv_write(pool, layout, data, k, v, 0)
-        return kernels.attention(pool, q, layout, data, 0, self._scale, self._windows[layer])
+        layout = layout_of(self._config, n, "f32")
+        return kernels.KVPlace(layout, layout.allocate(1)[0], 0)
 
 
 class KVCache(AttentionState):
@@ -75,23 +84,21 @@ class KVCache(AttentionState):
         super().__init__(config)
         self._layout = layout_of(config, capacity, kv_type)
         self._data = self._layout.allocate(config.num_hidden_layers)
+        self._layers = list(self._data)
         self.capacity = capacity
 
-    def attend(self, pool: kernels.Pool, layer: int, q: F32, k: F32, v: F32) -> F32:
-        """As AttentionState says; k and v are stored.
+    def place(self, layer: int, n: int) -> kernels.KVPlace:
+        """As AttentionState says.
 
         Raises:
             UsageError: the tokens do not fit.
         """
-        if self.length + len(q) > self.capacity:
+        if self.length + n > self.capacity:
             raise UsageError(
-                f"{self.length} tokens and {len(q)} more exceed the context of {self.capacity}: "
+                f"{self.length} tokens and {n} more exceed the context of {self.capacity}: "
                 "give a larger --ctx-size"
             )
-        layout, data = self._layout, self._data[layer]
-        kernels.kv_write(pool, layout, data, k, v, self.length)
-        window = self._windows[layer]
-        return kernels.attention(pool, q, layout, data, self.length, self._scale, window)
+        return kernels.KVPlace(self._layout, self._layers[layer], self.length)
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens.
@@ -110,8 +117,13 @@ def rope_tables(config: ModelConfig, positions: np.ndarray) -> tuple[F32, F32]:
     Frequencies and angles are rounded to float32 as in the models' training code, so that long
     contexts turn by the same angles there and here.
     """
-    half = config.head_dim // 2
-    exponent = np.arange(half, dtype=np.float32) * np.float32(2.0 / config.head_dim)
-    frequency = (1.0 / config.rope_theta ** exponent.astype(np.float64)).astype(np.float32)
+    frequency = _frequencies(config.head_dim, config.rope_theta)
     angle = (positions.astype(np.float32)[:, None] * frequency).astype(np.float64)
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+@cache
+def _frequencies(head_dim: int, theta: float) -> F32:
+    exponent = np.arange(head_dim // 2, dtype=np.float32) * np.float32(2.0 / head_dim)
+    out: F32 = (1.0 / theta ** exponent.astype(np.float64)).astype(np.float32)
+    return out

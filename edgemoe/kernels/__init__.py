@@ -11,7 +11,7 @@ is the best this machine has.
 
 from __future__ import annotations
 
-from .attention import attention, kv_write, stream_read
+from .attention import KVPlace, attention, kv_write, stream_read
 from .conversion import GGML_BLOCKS, dequantize, nest_rows, pack_rows, quantize_rows
 from .dispatch import (
     MAX_THREADS,
@@ -25,9 +25,11 @@ from .dispatch import (
     set_isa,
 )
 from .floats import gated_add, rmsnorm, rope, route, silu_mul
+from .layer import DecoderLayer, Routed
 from .peak import int8_peak
 from .products import (
     MAX_GROUP_SIZE,
+    Mixture,
     NestedMatrix,
     accumulate,
     combine,
@@ -42,8 +44,12 @@ __all__ = [
     "GGML_BLOCKS",
     "MAX_GROUP_SIZE",
     "MAX_THREADS",
+    "DecoderLayer",
+    "KVPlace",
+    "Mixture",
     "NestedMatrix",
     "Pool",
+    "Routed",
     "accumulate",
     "attention",
     "backend",

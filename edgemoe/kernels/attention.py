@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ..errors import KernelError
@@ -9,6 +11,22 @@ from ..kv_layout import KVLayout
 from ..types import F32, U8
 from . import dispatch
 from .dispatch import Pool, check
+
+
+class KVPlace(NamedTuple):
+    """Where a sequence's keys and values of one layer lie, and how many positions are filled.
+
+    data: uint8 [kv_heads, blocks, block bytes] as `layout` says; start: the next position.
+    """
+
+    layout: KVLayout
+    data: U8
+    start: int
+
+
+def check_place(place: KVPlace, n: int) -> None:
+    """Raise KernelError unless n more positions can be stored at `place`."""
+    _check_kv(place.layout, place.data, place.start, n)
 
 
 def _check_kv(layout: KVLayout, data: U8, start: int, n: int) -> None:

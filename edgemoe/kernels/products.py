@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import KernelError
 from ..layout import UNIT, MatrixLayout, RecordLayout
-from ..types import F32, I8, I32, I64, LEVELS, U8, U64
+from ..types import F32, I8, I32, I64, LEVELS, U8, U64, ModelConfig
 from . import dispatch
 from .dispatch import Pool, check
 
@@ -190,21 +190,63 @@ def combine(pool: Pool, pair_out: F32, position: I32, weights: F32) -> F32:
     return y
 
 
+class Mixture:
+    """All experts of a layer at one level: `experts` and `combine` in one native call.
+
+    segments: uint64 [experts, levels], the addresses of each expert's segments; all are read at
+    level index `level`. The addresses must stay valid and whole: the caller pins them.
+
+    Raises:
+        KernelError: an array or a level that does not fit.
+    """
+
+    def __init__(self, layout: RecordLayout, segments: U64, level: int) -> None:
+        check("segments", segments, np.uint64, None, layout.depth)
+        if not 0 <= level < layout.depth:
+            raise KernelError(f"level: expected an index in [0, {layout.depth}), got {level}")
+        self._hidden = layout.matrices[0].cols
+        self._record = (segments, layout.part_offsets, level)
+        self._shape = (layout.matrices[0].rows, _ahead_columns(layout), _group_units(layout))
+
+    def __call__(self, pool: Pool, x: F32, ids: I32, weights: F32) -> F32:
+        """Sum over slots of weight * expert(x).
+
+        x: float32 [n, hidden]; ids int32, weights float32 [n, k]. Returns float32 [n, hidden].
+
+        Raises:
+            KernelError: arrays that do not fit, or an id of no expert or one without an address.
+        """
+        check("x", x, np.float32, None, self._hidden)
+        check("ids", ids, np.int32, len(x), None)
+        check("weights", weights, np.float32, *ids.shape)
+        y = np.empty_like(x)
+        if not dispatch.native.mixture(pool, x, *self._record, ids, weights, *self._shape, y):
+            raise KernelError(
+                f"ids: expected rows of the {len(self._record[0])} experts, with an address for "
+                "each of their segments"
+            )
+        return y
+
+
 def scratch_bytes(
+    config: ModelConfig,
     experts: Sequence[RecordLayout],
     dense: Sequence[RecordLayout],
     threads: int,
     n: int,
-    k: int,
-    heads: tuple[int, int, int],
 ) -> int:
-    """Pool scratch that a forward pass of n tokens, k experts each, needs at most.
-
-    heads: (query heads, KV heads, columns of a head).
-    """
-    native, sizes = dispatch.native, [dispatch.native.attention_scratch(threads, n, *heads)]
+    """Pool scratch that a forward pass of n tokens needs at most."""
+    native, k = dispatch.native, config.num_experts_per_tok
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    sizes = []
     for layout in experts:
         gate, by = layout.matrices[0], (_ahead_columns(layout), _group_units(layout))
-        sizes.append(native.experts_scratch(threads, n, n * k, gate.cols, gate.rows, *by))
-    sizes += [native.linear_scratch(n, d.matrices[0].cols, _group_units(d)) for d in dense]
+        shape = (config.num_experts, gate.cols, gate.rows)
+        sizes.append(native.mixture_scratch(threads, n, k, *shape, *by))
+    mlp = max(config.shared_expert_intermediate_size, config.intermediate_size)
+    for layout in dense:
+        units = _group_units(layout)
+        sizes.append(native.linear_scratch(n, layout.matrices[0].cols, units))
+        layer = (config.hidden_size, *heads, mlp, config.num_experts, units)
+        sizes.append(native.layer_scratch(threads, n, *layer))
     return max(sizes)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..layout import RecordLayout, align_up
 from ..store import Store
-from ..types import I32, U8, U64
+from ..types import U8, U64
 from .arena import Arena
 
 Progress = Callable[[int, int], None]
@@ -72,13 +72,18 @@ class ResidentExperts:
             if progress is not None:
                 progress(done, total)
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that have experts."""
+        return tuple(self._layouts)
+
     def layout(self, layer: int) -> RecordLayout:
         """Of the layer's expert records."""
         return self._layouts[layer]
 
-    def addresses(self, layer: int, experts: I32) -> U64:
-        """uint64 [len(experts), levels]: where each segment of these experts lies, 0 if absent."""
-        return self._address[layer][experts]
+    def segments(self, layer: int) -> U64:
+        """uint64 [experts, levels]: where each segment of the layer's experts lies, 0 if absent."""
+        return self._address[layer]
 
 
 def read_dense(store: Store, arena: Arena, name: str, level_index: int) -> list[U8]:

@@ -16,10 +16,12 @@ from ..errors import KernelError
 from ..types import F32, I8, I32, I64, U8, U64
 from . import conversion, dequant, floats, kv_attention, products
 from .jit import Kernel
+from .layer import Layer, layer_scratch, mixture, mixture_scratch
 from .peak import int8_peak
 from .pool import Pool, padded
 
 __all__ = [
+    "Layer",
     "Matrix",
     "Pool",
     "accumulate",
@@ -38,10 +40,13 @@ __all__ = [
     "isa_names",
     "kv_block_bytes",
     "kv_write",
+    "layer_scratch",
     "linear",
     "linear_f32",
     "linear_scratch",
     "matrix",
+    "mixture",
+    "mixture_scratch",
     "nest_rows",
     "pack_rows",
     "quantize_rows",

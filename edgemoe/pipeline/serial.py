@@ -1,11 +1,8 @@
-"""The serial loop: order the demands of a layer, compute them, sum them up."""
+"""The serial loop: everything is resident, so a layer's demands are one call."""
 
 from __future__ import annotations
 
-import numpy as np
-
 from .. import kernels
-from ..hebf.order import hottest_first
 from ..loader.resident import ResidentExperts
 from ..types import F32, I32
 
@@ -16,6 +13,12 @@ class SerialExperts:
     def __init__(self, pool: kernels.Pool, resident: ResidentExperts) -> None:
         self._pool = pool
         self._resident = resident
+        self._mixtures = {
+            layer: kernels.Mixture(
+                resident.layout(layer), resident.segments(layer), resident.level_index
+            )
+            for layer in resident.layers
+        }
 
     @property
     def mean_bits(self) -> float:
@@ -27,17 +30,4 @@ class SerialExperts:
 
         x: float32 [n, hidden]; ids, weights: [n, k]. Returns float32 [n, hidden].
         """
-        n, k = ids.shape
-        want = hottest_first(ids, np.full((n, k), self._resident.level_index, np.int32))
-        pair_out = kernels.experts(
-            self._pool,
-            self._resident.layout(layer),
-            x,
-            self._resident.addresses(layer, want.expert),
-            want.level_index,
-            want.first_pair,
-            want.pair // np.int32(k),
-        )
-        position = np.empty(n * k, np.int32)
-        position[want.pair] = np.arange(n * k, dtype=np.int32)
-        return kernels.combine(self._pool, pair_out, position.reshape(n, k), weights)
+        return self._mixtures[layer](self._pool, x, ids, weights)

@@ -68,6 +68,87 @@ static em_matrix dense(const char *name, int level, int rows, int cols) {
 
 static float *floats(size_t n) { return keep(calloc(n, sizeof(float))); }
 
+/* The same layer up to its experts in one call, as two sequences that happen to hold the same tokens. */
+static void replay_at_once(int threads) {
+    const int32_t *dims = blob("dims", NULL);
+    const int n = dims[0], level = dims[9];
+    em_layer l = {.hidden = dims[1],
+                  .heads = dims[2],
+                  .kv_heads = dims[3],
+                  .d = dims[4],
+                  .experts = dims[5],
+                  .slots = dims[6],
+                  .normalize = 1,
+                  .eps = 1e-6f,
+                  .residual = 1.0f};
+    const int q_rows = l.heads * l.d, kv_rows = l.kv_heads * l.d;
+    l.scale = 0.22360679774997896f;
+    l.input_norm = l.post_norm = blob("norm", NULL);
+    l.router = blob("router", NULL);
+    l.q = dense("q", level, q_rows, l.hidden), l.k = dense("k", level, kv_rows, l.hidden);
+    l.v = dense("v", level, kv_rows, l.hidden), l.o = dense("o", level, l.hidden, q_rows);
+    const size_t row = (size_t)l.hidden, rows = (size_t)n, angles = rows * (size_t)(l.d / 2);
+    float *x = floats(2 * rows * row), *add = floats(2 * rows * row);
+    float *cos = floats(2 * angles), *sin = floats(2 * angles);
+    const int blocks = (n + EM_KV_BLOCK - 1) / EM_KV_BLOCK;
+    em_span spans[2];
+    for (size_t s = 0; s < 2; s++) {
+        memcpy(x + s * rows * row, blob("x", NULL), rows * row * sizeof(float));
+        memcpy(cos + s * angles, blob("cos", NULL), angles * sizeof(float));
+        memcpy(sin + s * angles, blob("sin", NULL), angles * sizeof(float));
+        const size_t bytes = (size_t)(l.kv_heads * blocks) * em_kv_block_bytes(EM_KV_F16, l.d);
+        spans[s] =
+            (em_span){{(uint8_t *)floats(bytes / sizeof(float)), EM_KV_F16, l.kv_heads, l.d, blocks}, 0, n};
+    }
+    const size_t slots = 2 * rows * (size_t)l.slots;
+    int32_t *ids = keep(calloc(slots, sizeof *ids));
+    const em_routed out = {floats(2 * rows * row), ids, floats(slots), NULL, NULL};
+    em_pool *pool = em_pool_new(threads);
+    if (!pool || em_layer_run(pool, &l, x, add, 2 * n, cos, sin, spans, 2, &out)) exit(2);
+    for (size_t s = 0; s < 2; s++) {
+        compare("out.middle", x + s * rows * row);
+        compare("out.ids", out.ids + s * slots / 2);
+        compare("out.weights", out.weights + s * slots / 2);
+    }
+    em_pool_free(pool);
+}
+
+/* The mixture in one call is its experts, each computed by itself, and their sum. */
+static void mix(em_pool *pool, int n, int k, int experts, int h, int inter, int ahead, const float *x,
+                const int32_t *ids, const float *weights) {
+    enum { LEVEL = 1 };
+    const em_record record = {blob("expert.offsets", NULL), 4, h, inter, ahead, 2};
+    uint64_t *table = keep(calloc((size_t)experts * EM_LEVELS, sizeof *table));
+    for (int e = 0; e < experts; e++)
+        for (int s = 0; s <= LEVEL; s++) {
+            char name[64];
+            snprintf(name, sizeof name, "expert%d.%d", e, s);
+            table[e * EM_LEVELS + s] = (uint64_t)(uintptr_t)blob(name, NULL);
+        }
+    const size_t row = (size_t)h;
+    float *got = floats((size_t)n * row), *want = floats((size_t)n * row), *one = floats(row);
+    if (em_mixture(pool, &record, table, experts, EM_LEVELS, LEVEL, x, n, k, ids, weights, got)) exit(2);
+    const int32_t zero = 0;
+    for (int i = 0; i < n * k; i++) {
+        em_job job = em_job_at(&record, table + ids[i] * EM_LEVELS, LEVEL);
+        job.count = 1;
+        if (em_experts(pool, x + (size_t)(i / k) * row, 1, &job, 1, &zero, 1, one)) exit(2);
+        for (size_t c = 0; c < row; c++) want[(size_t)(i / k) * row + c] += weights[i] * one[c];
+    }
+    if (memcmp(got, want, (size_t)n * row * sizeof(float))) {
+        failures++;
+        printf("mixture: differs on %s\n", em_isa_current()->name);
+    }
+    const int32_t beyond = experts;
+    if (em_mixture(pool, &record, table, experts, EM_LEVELS, LEVEL, x, 1, 1, &beyond, weights, got) !=
+            EM_NO_SUCH_EXPERT ||
+        em_mixture(pool, &record, table, experts, EM_LEVELS, LEVEL + 1, x, n, k, ids, weights, got) !=
+            EM_NO_SUCH_EXPERT) {
+        failures++;
+        printf("mixture: an expert that is not there was taken\n");
+    }
+}
+
 static void replay(int threads) {
     const int32_t *dims = blob("dims", NULL);
     const int n = dims[0], h = dims[1], heads = dims[2], kv = dims[3], d = dims[4], experts = dims[5],
@@ -140,7 +221,9 @@ static void replay(int threads) {
     em_combine(pool, pair_out, position, weights, n, k, h, y);
     for (int i = 0; i < n * h; i++) x[i] += y[i];
     compare("out.x", x);
+    mix(pool, n, k, experts, h, inter, ahead, normed, ids, weights);
     em_pool_free(pool);
+    replay_at_once(threads);
     while (taken_count) free(taken[--taken_count]);
 }
 

@@ -85,6 +85,14 @@ static void test_pool(void) {
         CHECK(a && (uintptr_t)a % 64 == 0);
         CHECK(em_pool_scratch(p, 50) == a);
         CHECK(em_pool_scratch(p, 1 << 20) && em_pool_scratch_bytes(p) == 1 << 20);
+        char *all = em_pool_scratch(p, 1 << 20);
+        em_pool_hold(p, 100);
+        CHECK(em_pool_scratch(p, 50) == all + 128);
+        CHECK(em_pool_scratch(p, 1 << 20) == NULL); /* would move what is held */
+        em_pool_hold(p, 0);
+        CHECK(em_pool_scratch(p, 50) == all);
+        em_pool_lock(p), em_pool_lock(p); /* an operation made of others */
+        em_pool_unlock(p), em_pool_unlock(p);
         em_pool_free(p);
     }
 }

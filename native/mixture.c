@@ -1,0 +1,120 @@
+/* The mixture part of a layer: pairs of a token and an expert grouped, computed and summed up. */
+#include "clones.h"
+#include "ops_common.h"
+
+enum { COMBINED = 256 }; /* columns that a task of em_combine sums up */
+
+typedef struct {
+    const float *pair_out, *weights;
+    const int32_t *position;
+    int k, hidden, chunks;
+    float *y;
+} combine_ctx;
+
+VECTOR_CLONES static void add_scaled(float *y, const float *x, float w, int n) {
+    for (int i = 0; i < n; i++) y[i] += w * x[i];
+}
+
+static void combine_task(void *raw, int task, int worker) {
+    (void)worker;
+    const combine_ctx *c = raw;
+    const size_t token = (size_t)(task / c->chunks), hidden = (size_t)c->hidden;
+    const int first = task % c->chunks * COMBINED;
+    const int cols = c->hidden - first < COMBINED ? c->hidden - first : COMBINED;
+    float *y = c->y + token * hidden + (size_t)first;
+    for (int i = 0; i < cols; i++) y[i] = 0.0f;
+    for (size_t at = token * (size_t)c->k; at < (token + 1) * (size_t)c->k; at++)
+        add_scaled(y, c->pair_out + (size_t)c->position[at] * hidden + (size_t)first, c->weights[at], cols);
+}
+
+void em_combine(em_pool *p, const float *pair_out, const int32_t *position, const float *weights, int n,
+                int k, int hidden, float *y) {
+    combine_ctx c = {pair_out, weights, position, k, hidden, em_ceil_div(hidden, COMBINED), y};
+    const int tasks = n * c.chunks;
+    em_pool_lock(p);
+    if ((size_t)n * (size_t)k * (size_t)hidden < EM_LITTLE) {
+        for (int i = 0; i < tasks; i++) combine_task(&c, i, 0);
+    } else {
+        em_pool_run(p, combine_task, &c, tasks);
+    }
+    em_pool_unlock(p);
+}
+
+typedef struct {
+    em_job *jobs;
+    int32_t *count, *order, *pair_token, *position;
+    float *pair_out;
+} mixture;
+
+static size_t carve(mixture *m, em_carver *c, int n, int k, int experts, int hidden) {
+    const size_t pairs = (size_t)n * (size_t)k, few = (size_t)experts < pairs ? (size_t)experts : pairs;
+    m->jobs = em_carve(c, few * sizeof *m->jobs);
+    m->count = em_carve(c, (size_t)experts * sizeof *m->count);
+    m->order = em_carve(c, few * sizeof *m->order);
+    m->pair_token = em_carve(c, pairs * sizeof *m->pair_token);
+    m->position = em_carve(c, pairs * sizeof *m->position);
+    m->pair_out = em_carve(c, pairs * (size_t)hidden * sizeof *m->pair_out);
+    return c->used;
+}
+
+size_t em_mixture_scratch(int threads, int n, int k, int experts, int hidden, int intermediate, int ahead,
+                          int group_units) {
+    mixture m;
+    return carve(&m, &(em_carver){0}, n, k, experts, hidden) +
+           em_padded(em_experts_scratch(threads, n, n * k, hidden, intermediate, ahead, group_units));
+}
+
+/* The jobs of all pairs and where each pair is put; their number, or a status. */
+static int group(mixture *m, const em_record *r, const uint64_t *segments, int experts, int depth, int level,
+                 int n, int k, const int32_t *ids) {
+    const int pairs = n * k;
+    int jobs = 0;
+    for (int e = 0; e < experts; e++) m->count[e] = 0;
+    for (int i = 0; i < pairs; i++) {
+        if (ids[i] < 0 || ids[i] >= experts) return EM_NO_SUCH_EXPERT;
+        m->count[ids[i]]++;
+    }
+    for (int e = 0; e < experts; e++) {
+        if (!m->count[e]) continue;
+        int at = jobs++;
+        for (; at > 0 && m->count[m->order[at - 1]] < m->count[e]; at--) m->order[at] = m->order[at - 1];
+        m->order[at] = e;
+    }
+    int first = 0;
+    for (int j = 0; j < jobs; j++) {
+        const int e = m->order[j];
+        const uint64_t *address = segments + (size_t)e * (size_t)depth;
+        for (int s = 0; s <= level; s++)
+            if (!address[s]) return EM_NO_SUCH_EXPERT;
+        m->jobs[j] = em_job_at(r, address, level);
+        m->jobs[j].first = first;
+        m->jobs[j].count = m->count[e];
+        m->count[e] = first; /* from here on: where its next pair goes */
+        first += m->jobs[j].count;
+    }
+    for (int i = 0; i < pairs; i++) {
+        m->position[i] = m->count[ids[i]]++;
+        m->pair_token[m->position[i]] = i / k;
+    }
+    return jobs;
+}
+
+int em_mixture(em_pool *p, const em_record *r, const uint64_t *segments, int experts, int depth, int level,
+               const float *x, int n, int k, const int32_t *ids, const float *weights, float *y) {
+    em_pool_lock(p);
+    em_carver c = {.at = em_pool_scratch(p, em_mixture_scratch(em_pool_threads(p), n, k, experts, r->hidden,
+                                                               r->intermediate, r->ahead, r->group_units))};
+    if (!c.at) {
+        em_pool_unlock(p);
+        return EM_NO_MEMORY;
+    }
+    mixture m;
+    em_pool_hold(p, carve(&m, &c, n, k, experts, r->hidden));
+    const int jobs = group(&m, r, segments, experts, depth, level, n, k, ids);
+    int status = jobs;
+    if (jobs >= 0) status = em_experts(p, x, n, m.jobs, jobs, m.pair_token, n * k, m.pair_out);
+    if (status == EM_OK) em_combine(p, m.pair_out, m.position, weights, n, k, r->hidden, y);
+    em_pool_hold(p, 0);
+    em_pool_unlock(p);
+    return status;
+}

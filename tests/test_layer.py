@@ -1,0 +1,163 @@
+"""A layer up to its experts in one call, and a mixture in one call, are the separate kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from coded import random_record
+from tiny import CONFIGS, make_tiny
+
+import edgemoe
+from edgemoe import kernels
+from edgemoe.cpu_attn.kv_cache import KVCache, OnePass, rope_tables
+from edgemoe.engine import open_model
+from edgemoe.errors import KernelError, UsageError
+from edgemoe.hebf.order import hottest_first
+from edgemoe.layout import expert_layout
+from edgemoe.loader.arena import Arena
+from edgemoe.model import Span, dense_part
+from edgemoe.types import F32, QuantSpec
+from edgemoe.weights import from_store
+
+HIDDEN, INNER, EXPERTS = 96, 72, 11
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("layer")
+    make_tiny(directory, request.param)
+    edgemoe.convert(directory, directory / "tiny.emoe")
+    return directory / "tiny.emoe"
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_call_is_the_layer(store: Path, threads: int) -> None:
+    """Every layer, on a batch of three sequences of which one is float32 and begins."""
+    opened, rng = open_model(store), np.random.default_rng(1)
+    cfg, pool = opened.config, kernels.new_pool(threads)
+    weights = from_store(opened.store, pool, Arena(1 << 24), 3)
+    caches = [
+        [KVCache(cfg, 90), OnePass(cfg), KVCache(cfg, 70, "int8")] for _ in ("one call", "separate")
+    ]
+    for counts in ([40, 6, 1], [1, 3, 60]):
+        n = sum(counts)
+        both = [[Span(c, count) for c, count in zip(side, counts, strict=True)] for side in caches]
+        positions = np.concatenate(
+            [np.arange(s.cache.length, s.cache.length + s.count) for s in both[0]]
+        )
+        cos, sin = rope_tables(cfg, positions)
+        for i, layer in enumerate(weights.layers):
+            assert layer.fused is not None
+            x = rng.standard_normal((n, cfg.hidden_size)).astype(np.float32)
+            add = None if i == 0 else rng.standard_normal(x.shape).astype(np.float32)
+            apart = x.copy()
+            places = [(s.cache.place(i, s.count), s.count) for s in both[0]]
+            got = layer.fused(pool, x, add, cos, sin, places)
+            want = dense_part(cfg, pool, layer, i, apart, add, cos, sin, both[1])
+            assert np.array_equal(x, apart)
+            for a, b in zip(got, want, strict=True):
+                assert (a is None) == (b is None)
+                assert a is None or b is None or np.array_equal(a, b)
+        for side in both:
+            for s in side:
+                s.cache.advance(0 if isinstance(s.cache, OnePass) else s.count)
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(config, pool, first layer) of a small model."""
+    directory = tmp_path_factory.mktemp("one")
+    make_tiny(directory, "qwen3_moe")
+    edgemoe.convert(directory, directory / "tiny.emoe")
+    opened, pool = open_model(directory / "tiny.emoe"), kernels.new_pool(2)
+    layer = from_store(opened.store, pool, Arena(1 << 24), 3).layers[0].fused
+    opened.close()
+    return opened.config, pool, layer
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"x": np.zeros((2, 60), "f4")}, "x: expected shape"),
+        ({"x": np.zeros((2, 64))}, "x: expected dtype float32"),
+        ({"add": np.zeros((1, 64), "f4")}, "add: expected shape"),
+        ({"cos": np.zeros((2, 11), "f4")}, "cos, sin: expected shape"),
+        ({"count": 1}, "expected 2 rows"),
+        ({"count": 0}, "no tokens"),
+        ({"start": 7}, "exceed 8"),
+        ({"data": np.zeros((2, 1, 8), "u1")}, "data: expected shape"),
+        ({"head_dim": 16}, "another model"),
+    ],
+)
+def test_wrong_arrays_are_refused(one: Any, change: dict[str, Any], match: str) -> None:
+    config, pool, layer = one
+    place = KVCache(config, 8).place(0, 2)
+    if "head_dim" in change:
+        shape = kernels.KVPlace(
+            type(place.layout)("f16", place.layout.kv_heads, change["head_dim"], 8), place.data, 0
+        )
+        place = shape
+    place = place._replace(**{k: v for k, v in change.items() if k in ("data", "start")})
+    table = np.zeros((2, config.head_dim // 2), np.float32)
+    x = change.get("x", np.zeros((2, config.hidden_size), np.float32))
+    with pytest.raises(KernelError, match=match):
+        layer(
+            pool,
+            x,
+            change.get("add"),
+            change.get("cos", table),
+            table,
+            [(place, change.get("count", 2))],
+        )
+
+
+def test_places_keep_to_the_context(one: Any) -> None:
+    config = one[0]
+    with pytest.raises(UsageError, match="--ctx-size"):
+        KVCache(config, 8).place(0, 9)
+    with pytest.raises(UsageError, match="one-pass"):
+        used = OnePass(config)
+        used.advance(1)
+        used.place(0, 1)
+
+
+def composed(
+    pool: kernels.Pool, layout: Any, x: F32, table: Any, level: int, ids: Any, gates: F32
+) -> F32:
+    want = hottest_first(ids, np.full(ids.shape, level, np.int32))
+    k = ids.shape[1]
+    jobs = (table[want.expert], want.level_index, want.first_pair, want.pair // np.int32(k))
+    pair_out = kernels.experts(pool, layout, x, *jobs)
+    position = np.empty(ids.size, np.int32)
+    position[want.pair] = np.arange(ids.size, dtype=np.int32)
+    return kernels.combine(pool, pair_out, position.reshape(ids.shape), gates)
+
+
+@pytest.mark.parametrize("ahead", [0, 32, INNER])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_call_is_the_mixture(ahead: int, threads: int) -> None:
+    rng, pool = np.random.default_rng(ahead), kernels.new_pool(threads)
+    layout = expert_layout(HIDDEN, INNER, QuantSpec(), ahead)
+    records = [random_record(layout, rng)[0] for _ in range(EXPERTS)]
+    table = np.array([[s.ctypes.data for s in record] for record in records], np.uint64)
+    for n, level in ((1, 0), (1, 4), (5, 2), (150, 1)):
+        x = rng.standard_normal((n, HIDDEN)).astype(np.float32)
+        gates = rng.random((n, 3)).astype(np.float32)
+        ids = np.array([rng.permutation(EXPERTS)[:3] for _ in range(n)], np.int32)
+        got = kernels.Mixture(layout, table, level)(pool, x, ids, gates)
+        assert np.array_equal(got, composed(pool, layout, x, table, level, ids, gates))
+
+    for bad in (-1, EXPERTS):
+        with pytest.raises(KernelError, match="rows of the 11 experts"):
+            kernels.Mixture(layout, table, 0)(pool, x, np.full_like(ids, bad), gates)
+    table[4, 1] = 0  # not resident above level 0
+    ids[:] = [[4, 5, 6]]
+    kernels.Mixture(layout, table, 0)(pool, x, ids, gates)
+    with pytest.raises(KernelError, match="address"):
+        kernels.Mixture(layout, table, 1)(pool, x, ids, gates)
+    with pytest.raises(KernelError, match="level"):
+        kernels.Mixture(layout, table, 5)
