@@ -308,6 +308,26 @@ def test_a_calibrated_store(tmp_path: Path) -> None:
     assert (lost > 0).all()
 
 
+def test_progress_counts_both_passes(tmp_path: Path) -> None:
+    """From the first expert looked at, never falling, to the end."""
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "src").path)
+    text = [np.random.default_rng(1).integers(0, 70, 128)]
+    told: list[tuple[int, int, str]] = []
+    convert(
+        checkpoint,
+        tmp_path / "out.emoe",
+        progress=lambda *step: told.append(step),
+        calibrate=calibration(checkpoint, text, 1),
+    )
+    done = [step[0] for step in told]
+    assert done == sorted(done) and done[-1] == told[-1][1]
+    experts = 3 * len(checkpoint.config.moe_layers)
+    assert [what.endswith(", first look") for _, _, what in told[: experts + 1]] == [
+        *[True] * experts,
+        False,
+    ]
+
+
 def test_threads_do_not_change_the_store(tmp_path: Path) -> None:
     text = [np.random.default_rng(1).integers(0, 70, 128) for _ in range(5)]
     source = make_checkpoint(tmp_path / "src")
@@ -376,7 +396,11 @@ def test_windows_are_spread_over_the_text() -> None:
 
 def survey_of(costs: list[list[list[float]]], hidden: int = 8) -> UnitSurvey:
     """A survey that saw, by layer, expert and unit, activations of these mean squares."""
-    survey = UnitSurvey(lambda layer, e: (None, None, None), len(costs[0]))  # type: ignore[arg-type,return-value]
+
+    def unread(layer: int, expert: int) -> ExpertMatrices:
+        raise AssertionError
+
+    survey = UnitSurvey(unread, len(costs[0]), lambda layer, e: None)
     down = np.ones((hidden, len(costs[0][0])), np.float32)
     one = np.ones((1, 1), np.float32)
     for layer, experts in enumerate(costs):
@@ -421,7 +445,7 @@ def test_units_in_another_order_are_the_same_expert() -> None:
     )
     x = rng.standard_normal((300, 16)).astype(np.float32)
     route = np.zeros((300, 1), np.int32), np.full((300, 1), 0.5, np.float32)
-    survey = UnitSurvey(lambda layer, e: matrices, 1)
+    survey = UnitSurvey(lambda layer, e: matrices, 1, lambda layer, e: None)
     want = survey(0, x, *route)
     got: list[tuple[Any, ...]] = []
 

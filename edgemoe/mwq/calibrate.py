@@ -173,11 +173,15 @@ def _chunks(
 
 
 class UnitSurvey(ExpertInputs):
-    """Finds out how much the error of each column of down would cost."""
+    """Finds out how much the error of each column of down would cost.
 
-    def __init__(self, read: Read, num_experts: int) -> None:
+    seen: called with (layer, expert) after each.
+    """
+
+    def __init__(self, read: Read, num_experts: int, seen: Callable[[int, int], None]) -> None:
         super().__init__(read, num_experts)
         self._cost: dict[int, list[F32]] = {}
+        self._seen = seen
 
     def see(
         self, layer: int, expert: int, matrices: ExpertMatrices, chunks: Iterator[Chunk]
@@ -188,6 +192,7 @@ class UnitSurvey(ExpertInputs):
             cost += (np.square(chunk.middles) * chunk.counts).sum(axis=0)
         cost *= np.square(down).mean()  # what its codes' steps are in proportion to
         self._cost.setdefault(layer, []).append(np.nan_to_num(cost, posinf=0))
+        self._seen(layer, expert)
 
     def order(self, layer: int, expert: int) -> I64:
         """Units of an expert, the most important first: int64 [intermediate]."""

@@ -28,10 +28,13 @@ from .quantize import DENSE, EXPERTS, Worth, quantize_matrix
 from .sensitivity import SECTION, Estimate, measured
 
 Progress = Callable[[int, int, str], None]
-"""Called with (weights done, weights in all, part at hand)."""
+"""Called with (weights done, weights in all, part at hand); a first look counts for some too."""
 
 Calibrate = Callable[[ExpertInputs], None]
 """Runs the checkpoint in float32 over a text, all of it as one batch, with these experts."""
+
+_SURVEY_SHARE = 16
+"""To look at an expert's inputs takes about this share of the time to choose its codes by them."""
 
 _RUN_WEIGHTS = 1 << 22
 """Weights read at a time: 16 MiB of float32."""
@@ -101,7 +104,8 @@ def convert(
     expert_weights = 3 * config.moe_intermediate_size * config.hidden_size
     experts = len(config.moe_layers) * config.num_experts
     total = experts * expert_weights + sum(math.prod(checkpoint.shape(n)) for n in names)
-    meter = _Meter(total, progress)
+    surveyed = 0 if calibrate is None else expert_weights // _SURVEY_SHARE
+    meter = _Meter(total + experts * surveyed, progress)
     metadata = {
         "source": shown(checkpoint.path.resolve().name),
         "quantizer": "affine8-nearest" if calibrate is None else "affine8-nested",
@@ -109,7 +113,11 @@ def convert(
     }
     survey: UnitSurvey | None = None
     if calibrate is not None:
-        survey = UnitSurvey(checkpoint.expert, config.num_experts)
+
+        def seen(layer: int, expert: int) -> None:
+            meter.add(surveyed, f"{expert_name(layer, expert)}, first look")
+
+        survey = UnitSurvey(checkpoint.expert, config.num_experts, seen)
         calibrate(survey)
     ahead = None if survey is None else survey.ahead()
     with StoreWriter(out, config, quant, metadata, ahead) as writer:
