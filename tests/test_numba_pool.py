@@ -64,5 +64,5 @@ def test_an_interrupt_waits_for_the_other_threads(monkeypatch: pytest.MonkeyPatc
             ended.append(first)
 
     with pytest.raises(KeyboardInterrupt):
-        numba_backend.Pool(3).run(Slow(), 3, 3)  # type: ignore[arg-type]
+        numba_backend.Pool(3).run(Slow(), 3, 3)
     assert sorted(ended) == [1, 2]

@@ -224,4 +224,4 @@ def test_other_arrays_are_refused() -> None:
         np.zeros((8, 9), np.float32),
     ):
         with pytest.raises(UsageError, match="float32 matrix of 8 columns"):
-            quantize_matrix(wrong, layout)  # type: ignore[arg-type]
+            quantize_matrix(wrong, layout)
