@@ -130,10 +130,12 @@ def nest_rows(
     starts: I32,
     bits: I32,
     feedback: F32,
+    moment: F32,
     s: F32,
     o: F32,
     weight: F32,
     reach: int,
+    sweeps: int,
     codes: U8,
 ) -> None: ...
 def pack_rows(pool: Pool, codes: U8, levels: I32, planes: Sequence[U8]) -> None: ...

@@ -237,32 +237,53 @@ def nest_rows(
     starts: I32,
     bits: I32,
     affine: tuple[F32, F32],
-    feedback: F32,
+    coupling: tuple[F32, F32],
     weight: F32,
     reach: int,
+    sweeps: int,
 ) -> U8:
     """Codes chosen for all levels together, every row at once; the kernels' float32 operations."""
+    moment, feedback = coupling
     out: U8 = codes.copy()
-    target = [w.copy() for _ in weight]
-    offsets = np.arange(-reach, reach + 1)
-    for i in range(w.shape[1]):
-        group = int(np.searchsorted(starts, i, "right")) - 1
-        s, o = (a[:, :, group, None] for a in affine)
-        code = codes[:, i, None].astype(np.int64) + offsets
+    levels = range(len(weight))
+
+    def decoded(level: int, code: I64, i: int) -> F32:
+        g = int(np.searchsorted(starts, i, "right")) - 1
+        s, o = (a[level, :, g, None] for a in affine)
+        value: F32 = s * (code >> (8 - bits[level, g])).astype(np.float32) + o
+        return value
+
+    def choose(i: int, target: list[F32]) -> I64:
+        near = out[:, i, None].astype(np.int64)
+        code = near + np.arange(-reach, reach + 1)
         cost = np.zeros(code.shape, np.float32)
-        for level, drop in enumerate(8 - bits[:, group]):
-            d = s[level] * (code >> drop).astype(np.float32) + o[level]
-            d -= target[level][:, i, None]
+        for level in levels:
+            d = decoded(level, code, i) - target[level]
             cost += weight[level] * (d * d)
-        cost[(code < 0) | (code > 255)] = np.inf
+        cost[(code < 0) | (code > 255) | np.isnan(cost)] = np.inf
         best = np.take_along_axis(code, cost.argmin(axis=1)[:, None], axis=1)
         kept = ~(cost.min(axis=1) < cost[:, reach])  # ties, and huge weights, whose costs are inf
-        best[kept, 0] = codes[kept, i]
+        best[kept] = near[kept]
         out[:, i] = best[:, 0]
-        for level, drop in enumerate(8 - bits[:, group]):
-            decoded = s[level] * (best >> drop).astype(np.float32) + o[level]
-            error = target[level][:, i, None] - decoded
-            target[level][:, i + 1 :] -= error * feedback[i, i + 1 :]
+        return best
+
+    state = [w.copy() for _ in levels]
+    for i in range(w.shape[1]):
+        target = [state[level][:, i, None] for level in levels]
+        best = choose(i, target)
+        for level in levels:
+            error = decoded(level, best, i) - target[level]
+            state[level][:, i + 1 :] += error * feedback[i, i + 1 :]
+    state = [np.zeros_like(w) for _ in levels]
+    for step in range(-1, sweeps):  # gradients first
+        for i in range(w.shape[1]):
+            near = out[:, i, None].astype(np.int64)
+            before = [w[:, i, None] if step < 0 else decoded(level, near, i) for level in levels]
+            if step >= 0:
+                pull = [state[level][:, i, None] / moment[i, i] for level in levels]
+                near = choose(i, [before[level] - pull[level] for level in levels])
+            for level in levels:
+                state[level] += (decoded(level, near, i) - before[level]) * moment[i]
     return out
 
 

@@ -329,14 +329,16 @@ NB_MODULE(_native, m) {
     m.def(
         "nest_rows",
         [](Pool &pool, ConstF32 w, Array<const int32_t> starts, Array<const int32_t> bits, ConstF32 feedback,
-           ConstF32 s, ConstF32 o, ConstF32 weight, int reach, Array<uint8_t> codes) {
+           ConstF32 moment, ConstF32 s, ConstF32 o, ConstF32 weight, int reach, int sweeps,
+           Array<uint8_t> codes) {
             nb::gil_scoped_release nogil;
             check(em_nest_rows(pool.p, w.data(), dim(w, 0), dim(w, 1), starts.data(), dim(starts, 0) - 1,
-                               bits.data(), feedback.data(), s.data(), o.data(), weight.data(),
-                               dim(weight, 0), reach, codes.data()));
+                               bits.data(), feedback.data(), moment.data(), s.data(), o.data(), weight.data(),
+                               dim(weight, 0), reach, sweeps, codes.data()));
         },
         "pool"_a, "w"_a.noconvert(), "starts"_a.noconvert(), "bits"_a.noconvert(), "feedback"_a.noconvert(),
-        "s"_a.noconvert(), "o"_a.noconvert(), "weight"_a.noconvert(), "reach"_a, "codes"_a.noconvert());
+        "moment"_a.noconvert(), "s"_a.noconvert(), "o"_a.noconvert(), "weight"_a.noconvert(), "reach"_a,
+        "sweeps"_a, "codes"_a.noconvert());
 
     m.def(
         "pack_rows",

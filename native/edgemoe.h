@@ -272,14 +272,16 @@ int em_quantize_rows(em_pool *p, const float *w, int rows, int cols, int group, 
                      int count, uint8_t *codes, uint8_t *exponent, uint8_t *step, uint8_t *zero,
                      uint8_t *shift);
 /* Better codes for w [rows, cols], whose nearest ones `codes` holds: column by column the code, at most
- * `reach` from the nearest, of the smallest sum over levels l of weight[l] * (s * (code >> (8 - bits)) + o -
- * target)^2, where target is w less what is to make up for the errors of the columns before:
- * feedback [cols, cols], of which [i, i + 1 ..] is read, times their error at that level.
+ * `reach` from the one it had, of the smallest sum over levels l of weight[l] * (s * (code >> (8 - bits)) +
+ * o - target)^2. At first target is w less what is to make up for the errors of the columns before:
+ * feedback [cols, cols], of which [i, i + 1 ..] is read, times their error at that level. Then, up to
+ * `sweeps` times over all columns, it is what takes the row's error e to the least e * moment * e this column
+ * can; moment [cols, cols] is symmetric, its diagonal above zero.
  * Group g is the columns starts[g] .. starts[g + 1] - 1; bits [levels, groups], 1 to 8, are what a group is
  * read at; s, o [levels, rows, groups]; weight [levels]; 1 to EM_LEVELS levels. */
 int em_nest_rows(em_pool *p, const float *w, int rows, int cols, const int32_t *starts, int groups,
-                 const int32_t *bits, const float *feedback, const float *s, const float *o,
-                 const float *weight, int levels, int reach, uint8_t *codes);
+                 const int32_t *bits, const float *feedback, const float *moment, const float *s,
+                 const float *o, const float *weight, int levels, int reach, int sweeps, uint8_t *codes);
 /* Codes of whole row blocks -> the bytes they add to the plane of each level (docs/FORMAT.md). */
 void em_pack_rows(em_pool *p, const uint8_t *codes, int rows, int cols, const int32_t *levels, int count,
                   uint8_t *const *planes);

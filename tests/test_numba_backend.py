@@ -288,11 +288,12 @@ def test_conversion(same: Same) -> None:
             parts = [scales.exponent, scales.step, scales.zero, scales.shift]
             pairs = [affine(scales, level, i) for i, level in enumerate(quant.levels)]
             s, o = (np.stack(values) for values in zip(*pairs, strict=True))
-            feedback = np.triu(np.full((w.shape[1],) * 2, 0.1, np.float32), 1)
+            moment = np.full((w.shape[1],) * 2, 0.1, np.float32)
+            by = moment + np.eye(len(moment), dtype=np.float32), np.triu(moment, 1)
             starts = np.array([*range(0, w.shape[1], quant.group_size), w.shape[1]], np.int32)
             bits = np.repeat(np.array(quant.levels, np.int32)[:, None], len(starts) - 1, axis=1)
             one, better = np.ones(5, np.float32), codes.copy()
-            kernels.nest_rows(pool, w, better, starts, bits, (s, o), feedback, one, 40)
+            kernels.nest_rows(pool, w, better, starts, bits, (s, o), by, one, 40, 2)
             return [codes, *parts, better, *kernels.pack_rows(pool, codes, quant.levels)]
 
         same(case)

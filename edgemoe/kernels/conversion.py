@@ -41,30 +41,39 @@ def nest_rows(
     starts: I32,
     bits: I32,
     affine: tuple[F32, F32],
-    feedback: F32,
+    coupling: tuple[F32, F32],
     weight: F32,
     reach: int,
+    sweeps: int,
 ) -> None:
     """Replace nearest codes [rows, cols] by those that serve all levels best together, in place.
 
-    Column after column takes the code, at most `reach` from the nearest, of the smallest sum over
-    levels of weight[l] * (decoded - target)^2: targets are the weights less what they make up of
-    the errors of earlier columns, level by level (GPTQ's compensation, arXiv 2210.17323, with one
-    code for several levels).
+    Column after column takes the code, at most `reach` from the one it had, of the smallest sum
+    over levels of weight[l] * (decoded - target)^2. At first targets are the weights less what they
+    make up of the errors of earlier columns, level by level (GPTQ's compensation, arXiv 2210.17323,
+    with one code for several levels). Then each column in turn is brought where the output's
+    error, summed over levels, is least with all others as they are (coordinate descent, as in
+    QuantEase, arXiv 2309.01885), until nothing changes.
 
     Args:
         w: float32 [rows, cols].
         starts: int32 [groups + 1], first column of each group and, last, cols.
         bits: int32 [levels, groups], 1 to 8: what a group is read at at each level.
         affine: (s, o) float32 [levels, rows, groups], w = s * code + o.
-        feedback: float32 [cols, cols]; [i, j] is what column j > i makes up of column i's error.
-        weight: float32 [levels]. reach: 0 to 255.
+        coupling: (moment, feedback), float32 [cols, cols]. Moment is symmetric, its diagonal above
+            zero: the error e of a row counts e moment e^T. feedback[i, j] is what column j > i
+            makes up of column i's error.
+        weight: float32 [levels]. reach: 0 to 255. sweeps: descents at most.
     """
     check("w", w, np.float32, None, None)
     rows, cols = w.shape
     count, groups = len(weight), len(starts) - 1
     check("codes", codes, np.uint8, rows, cols)
+    moment, feedback = coupling
+    check("moment", moment, np.float32, cols, cols)
     check("feedback", feedback, np.float32, cols, cols)
+    if not (np.diag(moment) > 0).all():
+        raise KernelError("moment: its diagonal is not above zero")
     check("weight", weight, np.float32, None)
     check("starts", starts, np.int32, None)
     check("bits", bits, np.int32, count, groups)
@@ -78,7 +87,7 @@ def nest_rows(
         raise KernelError(f"starts: expected groups that divide {cols} columns")
     if not ((bits >= 1) & (bits <= 8)).all():
         raise KernelError("bits: expected 1 to 8")
-    args = (starts, bits, feedback, *affine, weight, reach, codes)
+    args = (starts, bits, feedback, moment, *affine, weight, reach, sweeps, codes)
     dispatch.native.nest_rows(pool, w, *args)
 
 

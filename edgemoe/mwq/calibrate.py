@@ -71,29 +71,37 @@ _CHUNK = 2048
 """Tokens at a time: bounds what an expert that sees all of a text needs."""
 
 
-def feedback(moment: F64) -> F32:
-    """What each column makes up of the errors of earlier ones: float32 [cols, cols].
+class Coupling(NamedTuple):
+    """How the errors of a matrix's columns add up in its outputs, float32 [cols, cols].
 
-    [i, j], j > i, is U_ij / U_ii with H^-1 = U^T U; zero elsewhere, and everywhere if H is zero or
-    not finite: columns then stand alone, which is plain rounding.
+    moment: H, over the mean of its diagonal, and damped. feedback: [i, j], j > i, is what column j
+    makes up of the error of column i, U_ij / U_ii with H^-1 = U^T U; zero elsewhere.
+    """
 
-    Args:
-        moment: H, float64 [cols, cols], symmetric and not negative.
+    moment: F32
+    feedback: F32
+
+
+def coupling(moment: F64) -> Coupling:
+    """Of H, float64 [cols, cols], symmetric and not negative.
+
+    If H is zero or not finite, columns stand alone: plain rounding.
     """
     cols = len(moment)
     mean = float(np.trace(moment)) / cols
     if not (np.isfinite(moment).all() and mean > 0):
-        return np.zeros((cols, cols), np.float32)
+        return Coupling(np.eye(cols, dtype=np.float32), np.zeros((cols, cols), np.float32))
     damping = DAMPING
     while True:
+        damped = moment / mean + damping * np.eye(cols)
         try:
-            inverse = np.linalg.inv(moment / mean + damping * np.eye(cols))
+            inverse = np.linalg.inv(damped)
             upper = np.linalg.cholesky((inverse + inverse.T) / 2).T
         except np.linalg.LinAlgError:
             damping *= 10  # the identity at the end of it
             continue
-        shares: F64 = np.triu(upper / np.diag(upper)[:, None], 1)
-        return shares.astype(np.float32)
+        feedback: F64 = np.triu(upper / np.diag(upper)[:, None], 1)
+        return Coupling(damped.astype(np.float32), feedback.astype(np.float32))
 
 
 class ExpertInputs(ABC):
@@ -228,14 +236,14 @@ class Sink(Protocol):
         layer: int,
         expert: int,
         matrices: ExpertMatrices,
-        feedback: ExpertMatrices,
+        couplings: tuple[Coupling, Coupling, Coupling],
         sample: Chunk,
     ) -> None:
-        """An expert, the feedback [cols, cols] of each of its matrices, some of its tokens."""
+        """An expert, how the columns of each of its matrices go together, some of its tokens."""
         ...
 
-    def linears(self, names: Sequence[str], feedback: F32) -> None:
-        """Matrices outside the experts that share their input, and its feedback [cols, cols]."""
+    def linears(self, names: Sequence[str], columns: Coupling) -> None:
+        """Matrices outside the experts that share their input, and how its columns go together."""
         ...
 
 
@@ -255,7 +263,7 @@ class CalibratedExperts(ExpertInputs):
         for first in range(0, len(rows), _CHUNK):
             part = rows[first : first + _CHUNK]
             moment += part.T @ part
-        self._sink.linears(names, feedback(moment))
+        self._sink.linears(names, coupling(moment))
 
     def see(
         self, layer: int, expert: int, matrices: ExpertMatrices, chunks: Iterator[Chunk]
@@ -271,11 +279,11 @@ class CalibratedExperts(ExpertInputs):
                 sample = Chunk(*(part[:_SAMPLE] for part in chunk))
         if sample is None:
             raise UsageError("a text of no tokens cannot calibrate")
-        order = self._survey.order(layer, expert)
+        order, read = self._survey.order(layer, expert), coupling(inputs)
         self._sink.expert(
             layer,
             expert,
             (gate[order], up[order], np.ascontiguousarray(down[:, order])),
-            (feedback(inputs),) * 2 + (feedback(middles[np.ix_(order, order)]),),
+            (read, read, coupling(middles[np.ix_(order, order)])),
             sample._replace(middles=sample.middles[:, order]),
         )

@@ -22,7 +22,7 @@ from ..errors import CheckpointError, UsageError, shown
 from ..layout import ROW_BLOCK, RecordLayout
 from ..store import RecordWriter, StoreWriter, expert_name
 from ..types import F32, U8, NestedScales, QuantSpec
-from .calibrate import CalibratedExperts, Chunk, ExpertInputs, ExpertMatrices, UnitSurvey
+from .calibrate import CalibratedExperts, Chunk, Coupling, ExpertInputs, ExpertMatrices, UnitSurvey
 from .packing import pack_record, plane_pieces, scale_pieces
 from .quantize import DENSE, EXPERTS, Worth, quantize_matrix
 from .sensitivity import SECTION, Estimate, measured
@@ -207,13 +207,13 @@ class _Conversion:
         layer: int,
         expert: int,
         matrices: ExpertMatrices,
-        feedback: ExpertMatrices,
+        couplings: tuple[Coupling, Coupling, Coupling],
         sample: Chunk,
     ) -> None:
         """Write one, its codes chosen for all levels together; see calibrate.Sink."""
         layout, what = self._writer.expert_layout(layer), expert_name(layer, expert)
         parts = []
-        for whole, (w, by) in enumerate(zip(matrices, feedback, strict=True)):
+        for whole, (w, by) in enumerate(zip(matrices, couplings, strict=True)):
             parts += self._quantize(what, w, layout, whole, by, self._worth)
             self._meter.add(w.size, what)
         codes, scales = zip(*parts, strict=True)
@@ -221,10 +221,10 @@ class _Conversion:
         self._writer.write_expert(layer, expert, segments)
         self._note(layer, expert, measured(layout, segments, sample, matrices[2]))
 
-    def linears(self, names: Sequence[str], feedback: F32) -> None:
+    def linears(self, names: Sequence[str], columns: Coupling) -> None:
         """Write matrices outside the experts; see calibrate.Sink."""
         for name in names:
-            self._write_nested(name, feedback)
+            self._write_nested(name, columns)
 
     def write_tensor(self, name: str) -> None:
         """A tensor outside the experts, if it is not written already."""
@@ -236,12 +236,12 @@ class _Conversion:
         self._writer.write_f32(name, array)
         self._meter.add(array.size, name)
 
-    def _write_nested(self, name: str, feedback: F32 | None = None) -> None:
+    def _write_nested(self, name: str, columns: Coupling | None = None) -> None:
         source = self._checkpoint
         rows, cols = source.shape(name)
         record = self._writer.open_nested(name, (rows, cols))
         runs = self._write_matrix(
-            record, 0, lambda first, stop: source.tensor(name, rows=(first, stop)), feedback
+            record, 0, lambda first, stop: source.tensor(name, rows=(first, stop)), columns
         )
         for _ in runs:
             pass
@@ -249,7 +249,7 @@ class _Conversion:
         self._written.add(name)
 
     def _write_matrix(
-        self, record: RecordWriter, whole: int, read: _Rows, feedback: F32 | None = None
+        self, record: RecordWriter, whole: int, read: _Rows, columns: Coupling | None = None
     ) -> Iterator[tuple[F32, list[NestedScales]]]:
         """Write one whole matrix of a record; yields each run of rows and the scales of its parts.
 
@@ -263,7 +263,7 @@ class _Conversion:
         step = max(_RUN_WEIGHTS // (cols * ROW_BLOCK), 1) * ROW_BLOCK
         for first in range(0, rows, step):
             w = read(first, min(first + step, rows))
-            run = self._quantize(record.what, w, layout, whole, feedback)
+            run = self._quantize(record.what, w, layout, whole, columns)
             for m, (codes, _) in zip(parts, run, strict=True):
                 for i, offset, data in plane_pieces(layout, m, first, codes, self._pool):
                     record.write(i, offset, data)
@@ -280,11 +280,11 @@ class _Conversion:
         w: F32,
         layout: RecordLayout,
         whole: int,
-        feedback: F32 | None,
+        columns: Coupling | None,
         worth: Worth = DENSE,
     ) -> list[tuple[U8, NestedScales]]:
         try:
-            return quantize_matrix(w, layout, whole, self._pool, feedback, worth)
+            return quantize_matrix(w, layout, whole, self._pool, columns, worth)
         except UsageError as exc:
             raise CheckpointError(f"{what}: {exc}") from exc
 

@@ -24,7 +24,10 @@ from ..types import F32, I32, U8, NestedScales
 from .packing import affine
 
 REACH = 64
-"""Steps that a code may lie from the nearest one: the width of a cell of level 2."""
+"""Steps that a code may move at a time: the width of a cell of level 2."""
+
+SWEEPS = 8
+"""Over the columns of a row; more of them change little."""
 
 
 Worth = Mapping[int, float]
@@ -47,7 +50,7 @@ def quantize_matrix(
     layout: RecordLayout,
     whole: int = 0,
     pool: kernels.Pool | None = None,
-    feedback: F32 | None = None,
+    coupling: tuple[F32, F32] | None = None,
     worth: Worth = EXPERTS,
 ) -> list[tuple[U8, NestedScales]]:
     """Quantize one whole matrix of a record, or any run of its rows.
@@ -59,8 +62,8 @@ def quantize_matrix(
         layout: of the record; says which columns are stored together, and its levels.
         whole: which of its matrices: 0, 1, 2 of an expert are gate, up, down.
         pool: threads to use; None: one.
-        feedback: float32 [cols, cols], see calibrate.feedback; None: nearest codes.
-        worth: of the levels, where codes are chosen by feedback.
+        coupling: float32 ([cols, cols], [cols, cols]), calibrate.Coupling; None: nearest codes.
+        worth: of the levels, where codes are chosen for all of them.
 
     Returns:
         For each stored matrix that the whole one is made of, codes uint8 [rows, cols of it] and the
@@ -82,14 +85,14 @@ def quantize_matrix(
         raise UsageError(
             "weights hold NaN, infinity or values beyond 1e38: not a trained model"
         ) from None
-    if feedback is None:
+    if coupling is None:
         return out
     codes = np.concatenate([part for part, _ in out], axis=1)
     starts, bits = _groups(layout, parts)
     scales = [by_level(layout, m, scales) for m, (_, scales) in zip(parts, out, strict=True)]
     s, o = (np.concatenate(pair, axis=2) for pair in zip(*scales, strict=True))
     weight = level_weights(layout.levels, worth)
-    kernels.nest_rows(pool, w, codes, starts, bits, (s, o), feedback, weight, REACH)
+    kernels.nest_rows(pool, w, codes, starts, bits, (s, o), coupling, weight, REACH, SWEEPS)
     return [
         (np.ascontiguousarray(codes[:, columns(layout, m)]), scales)
         for m, (_, scales) in zip(parts, out, strict=True)

@@ -340,15 +340,17 @@ def nest_rows(
     starts: I32,
     bits: I32,
     feedback: F32,
+    moment: F32,
     s: F32,
     o: F32,
     weight: F32,
     reach: int,
+    sweeps: int,
     codes: U8,
 ) -> None:
     """Better codes [rows, cols] of w for all levels together, in place: kernels.nest_rows."""
     with pool.lock:
-        out = (w, starts, bits, feedback, s, o, weight, reach, codes)
+        out = (w, starts, bits, feedback, moment, s, o, weight, reach, sweeps, codes)
         pool.run(conversion.nest_rows, len(w), 8 * w.size * w.shape[1], *out)
 
 

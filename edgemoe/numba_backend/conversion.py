@@ -115,10 +115,17 @@ def quantize_rows(
                     shift[level, row, g] = np.uint8(min(max(np.rint(mean) + 8.0, 0.0), 15.0))
 
 
+@helper
+def _decoded(level: int, row: int, g: int, code: int, bits: I32, s: F32, o: F32) -> Any:
+    value = s[level, row, g] * np.float32(code >> (8 - np.int64(bits[level, g])))
+    return value + o[level, row, g]
+
+
 @kernel(
     *(_INT, _INT, array_in(types.float32, 2), array_in(types.int32, 1), array_in(types.int32, 2)),
-    *(array_in(types.float32, 2), array_in(types.float32, 3), array_in(types.float32, 3)),
-    *(array_in(types.float32, 1), _INT, array_out(types.uint8, 2)),
+    *(array_in(types.float32, 2), array_in(types.float32, 2), array_in(types.float32, 3)),
+    *(array_in(types.float32, 3), array_in(types.float32, 1), _INT, _INT),
+    array_out(types.uint8, 2),
 )
 def nest_rows(
     first: int,
@@ -127,42 +134,55 @@ def nest_rows(
     starts: I32,
     bits: I32,
     feedback: F32,
+    moment: F32,
     s: F32,
     o: F32,
     weight: F32,
     reach: int,
+    sweeps: int,
     codes: U8,
 ) -> None:
     """Rows of codes, chosen for all levels together: em_nest_rows."""
     count, cols = len(weight), w.shape[1]
-    target, costs = np.empty((count, cols), np.float32), np.empty(256, np.float32)
+    state, costs = np.empty((count, cols), np.float32), np.empty(256, np.float32)
+    target = np.empty(count, np.float32)
     for row in range(first, last):
         for k in range(count):
-            target[k] = w[row]
-        g = 0
-        for i in range(cols):
-            if i == starts[g + 1]:
-                g += 1
-            low = max(np.int64(codes[row, i]) - reach, 0)
-            stop = min(np.int64(codes[row, i]) + reach, 255) + 1
-            for code in range(low, stop):
-                costs[code] = np.float32(0)
+            state[k] = w[row]
+        for step in range(-2, sweeps):  # along the feedback, gradients, descents
+            if step == -1:
+                state[:] = np.float32(0)
+            by = feedback if step == -2 else moment
+            g = 0
+            for i in range(cols):
+                if i == starts[g + 1]:
+                    g += 1
+                now = np.int64(codes[row, i])
+                best = now
                 for k in range(count):
-                    drop = 8 - np.int64(bits[k, g])
-                    value = s[k, row, g] * np.float32(code >> drop)
-                    d = value + o[k, row, g] - target[k, i]
-                    costs[code] += weight[k] * (d * d)
-            best = np.int64(codes[row, i])
-            for code in range(low, stop):
-                if costs[code] < costs[best]:
-                    best = code
-            codes[row, i] = best
-            for k in range(count):
-                drop = 8 - np.int64(bits[k, g])
-                value = s[k, row, g] * np.float32(best >> drop)
-                e = target[k, i] - (value + o[k, row, g])
-                for j in range(i + 1, cols):
-                    target[k, j] -= e * feedback[i, j]
+                    target[k] = state[k, i]
+                    if step > -2:
+                        target[k] = _decoded(k, row, g, now, bits, s, o) - state[k, i] / by[i, i]
+                if step != -1:
+                    low, stop = max(now - reach, 0), min(now + reach, 255) + 1
+                    for code in range(low, stop):
+                        costs[code] = np.float32(0)
+                        for k in range(count):
+                            d = _decoded(k, row, g, code, bits, s, o) - target[k]
+                            costs[code] += weight[k] * (d * d)
+                    for code in range(low, stop):
+                        if costs[code] < costs[best]:
+                            best = code
+                    codes[row, i] = best
+                for k in range(count):
+                    before = w[row, i]
+                    if step == -2:
+                        before = target[k]
+                    elif step >= 0:
+                        before = _decoded(k, row, g, now, bits, s, o)
+                    change = _decoded(k, row, g, best, bits, s, o) - before
+                    for j in range(i + 1 if step == -2 else 0, cols):
+                        state[k, j] += change * by[i, j]
 
 
 @kernel(_INT, _INT, array_in(types.uint8, 2), _LEVELS, array_in(types.int64, 1))
