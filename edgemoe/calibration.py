@@ -20,10 +20,10 @@ from .checkpoint import Checkpoint
 from .cpu_attn.kv_cache import OnePass
 from .errors import UsageError
 from .model import Layer, Linears, Span, hidden
-from .mwq.calibrate import ExpertInputs
+from .mwq.calibrate import ExpertInputs, Step
 from .mwq.convert import Calibrate
 from .reference_logits import bytes_per_token
-from .types import F32, I64
+from .types import F32, I64, ModelConfig
 from .weights import FloatLinears, RowBlocks, from_checkpoint
 
 WINDOW = 512
@@ -73,9 +73,9 @@ def calibration(checkpoint: Checkpoint, text: Sequence[I64], threads: int) -> Ca
         ]
         with ExitStack() as stack:
             workers = stack.enter_context(ThreadPoolExecutor(threads)) if threads > 1 else None
-            weights = from_checkpoint(checkpoint, RowBlocks(sizes, workers))
+            weights = from_checkpoint(checkpoint, RowBlocks(sizes, workers, experts.step))
             layers = [_watched(layer, experts) for layer in weights.layers]
-            spans = [Span(OnePass(config), len(window)) for window in text]
+            spans = [Span(_Watched(config, experts.step), len(window)) for window in text]
             tokens = np.fromiter(chain.from_iterable(text), np.int64)
             seen = replace(weights, layers=layers)
             x = hidden(seen, experts, pool, tokens, spans, experts.watch)
@@ -83,6 +83,19 @@ def calibration(checkpoint: Checkpoint, text: Sequence[I64], threads: int) -> Ca
             experts.see_linears([head], kernels.rmsnorm(pool, x, seen.norm, config.rms_norm_eps))
 
     return run
+
+
+class _Watched(OnePass):
+    """A window of the text, which calls `step` before each layer's attention."""
+
+    def __init__(self, config: ModelConfig, step: Step) -> None:
+        super().__init__(config)
+        self._step = step
+
+    def place(self, layer: int, n: int) -> kernels.KVPlace:
+        """As OnePass says."""
+        self._step()
+        return super().place(layer, n)
 
 
 def _watched(layer: Layer, experts: ExpertInputs) -> Layer:

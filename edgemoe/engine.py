@@ -19,7 +19,6 @@ from .cpu_attn.kv_cache import KVCache, cache_bytes
 from .errors import CheckpointError, KernelError, StoreError, UsageError, shown
 from .generation import Generation
 from .kv_layout import KV_TYPES
-from .layout import RecordLayout
 from .loader import budget as memory
 from .loader.arena import Arena
 from .loader.resident import Progress, ResidentExperts, dense_bytes, expert_bytes, float_bytes
@@ -120,8 +119,8 @@ def _plan(
     store, cfg = opened.store, opened.config
     quant = store.quant
     chunk = min(PREFILL_CHUNK, ctx_size)
-    dense: list[RecordLayout] = [t.layout for t in store.tensors.values() if t.layout is not None]
-    experts = list({id(x): x for x in map(store.expert_layout, cfg.moe_layers)}.values())
+    dense = {t.layout for t in store.tensors.values() if t.layout is not None}
+    experts = set(map(store.expert_layout, cfg.moe_layers))
 
     def weights(level_index: int, dense_level_index: int) -> int:
         return (

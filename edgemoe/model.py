@@ -35,7 +35,8 @@ class Layer:
 
     A dense layer has no `router` [experts, hidden]. `gate_up` and `down` are its MLP, or the
     expert that all tokens share, whose sigmoid gate is `shared_router` [1, hidden].
-    `fused`: all of the layer but its experts in one call, if its matrices are nested.
+    `fused`: all of the layer but its experts in one call, if its matrices are nested and the
+    backend can.
     """
 
     input_norm: F32

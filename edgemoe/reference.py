@@ -254,16 +254,17 @@ def nest_rows(
         return value
 
     def choose(i: int, target: list[F32]) -> I64:
-        near = out[:, i, None].astype(np.int64)
-        code = near + np.arange(-reach, reach + 1)
+        now = out[:, i, None].astype(np.int64)
+        code = codes[:, i, None] + np.arange(-reach, reach + 1, dtype=np.int64)
         cost = np.zeros(code.shape, np.float32)
         for level in levels:
             d = decoded(level, code, i) - target[level]
             cost += weight[level] * (d * d)
         cost[(code < 0) | (code > 255) | np.isnan(cost)] = np.inf
         best = np.take_along_axis(code, cost.argmin(axis=1)[:, None], axis=1)
-        kept = ~(cost.min(axis=1) < cost[:, reach])  # ties, and huge weights, whose costs are inf
-        best[kept] = near[kept]
+        at_now = np.take_along_axis(cost, now - code[:, :1], axis=1)[:, 0]
+        kept = ~(cost.min(axis=1) < at_now)  # ties, and huge weights, whose costs are inf
+        best[kept] = now[kept]
         out[:, i] = best[:, 0]
         return best
 

@@ -87,13 +87,20 @@ class RowBlocks:
     whatever else is in the batch.
 
     sizes: rows of each block, in order; a batch of another number of rows is one block.
+    step: called after each block, by the caller's thread.
     """
 
-    def __init__(self, sizes: Sequence[int] = (), threads: Executor | None = None) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int] = (),
+        threads: Executor | None = None,
+        step: Callable[[], None] = lambda: None,
+    ) -> None:
         ends = list(accumulate(sizes))
         self._slices = [slice(end - n, end) for n, end in zip(sizes, ends, strict=True)]
         self._rows = ends[-1] if ends else 0
         self._threads = threads
+        self._step = step
 
     def each(self, rows: int, work: Callable[[slice], None]) -> None:
         """Call `work` with the rows of every block."""
@@ -101,8 +108,10 @@ class RowBlocks:
         if self._threads is None or len(blocks) == 1:
             for block in blocks:
                 work(block)
+                self._step()
         else:
-            list(self._threads.map(work, blocks))  # raises what the work raised
+            for _ in self._threads.map(work, blocks):  # raises what the work raised
+                self._step()
 
 
 class FloatLinears:
@@ -193,7 +202,9 @@ def from_store(store: Store, pool: kernels.Pool, arena: Arena, level_index: int)
     layers = []
     for i in range(store.config.num_hidden_layers):
         layer = _layer(store.config, i, store.read_f32, linears)
-        layers.append(replace(layer, fused=_fused(store.config, i, layer, nested)))
+        if kernels.fused():
+            layer = replace(layer, fused=_fused(store.config, i, layer, nested))
+        layers.append(layer)
     return Weights(
         store.config, lookup, layers, store.read_f32("norm"), NestedLinears(pool, [head])
     )

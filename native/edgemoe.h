@@ -272,7 +272,7 @@ int em_quantize_rows(em_pool *p, const float *w, int rows, int cols, int group, 
                      int count, uint8_t *codes, uint8_t *exponent, uint8_t *step, uint8_t *zero,
                      uint8_t *shift);
 /* Better codes for w [rows, cols], whose nearest ones `codes` holds: column by column the code, at most
- * `reach` from the one it had, of the smallest sum over levels l of weight[l] * (s * (code >> (8 - bits)) +
+ * `reach` from the nearest, of the smallest sum over levels l of weight[l] * (s * (code >> (8 - bits)) +
  * o - target)^2. At first target is w less what is to make up for the errors of the columns before:
  * feedback [cols, cols], of which [i, i + 1 ..] is read, times their error at that level. Then, up to
  * `sweeps` times over all columns, it is what takes the row's error e to the least e * moment * e this column

@@ -22,9 +22,10 @@ typedef struct {
 typedef struct {
     const nest_ctx *c;
     int row0, rows;
-    float *state;  /* [k, cols]: targets, and afterwards gradients, sums over columns of error * moment */
-    float *change; /* [k, LAZY]: by how much a column of the block at hand moves the others */
-    float *value;  /* [levels, 256]: what codes decode to in the group at hand */
+    float *state;     /* [k, cols]: targets, and afterwards gradients, sums over columns of error * moment */
+    float *change;    /* [k, LAZY]: by how much a column of the block at hand moves the others */
+    float *value;     /* [levels, 256]: what codes decode to in the group at hand */
+    uint8_t *nearest; /* [rows, cols]: the codes as they were */
 } nest_rows;
 
 typedef float f8 __attribute__((vector_size(32), aligned(4), may_alias));
@@ -90,9 +91,9 @@ VECTOR_CLONES static int best_code(const float *value, const float *target, cons
     return first + best;
 }
 
-static int choose(const nest_rows *t, const float *target, int now) {
-    const int reach = t->c->reach;
-    const int first = now > reach ? now - reach : 0, stop = now + reach < CODES ? now + reach + 1 : CODES;
+static int choose(const nest_rows *t, const float *target, int nearest, int now) {
+    const int reach = t->c->reach, first = nearest > reach ? nearest - reach : 0;
+    const int stop = nearest + reach < CODES ? nearest + reach + 1 : CODES;
     return best_code(t->value, target, t->c->weight, t->c->levels, first, stop, now);
 }
 
@@ -127,7 +128,7 @@ static int column(const nest_rows *t, enum pass pass, int r, int i, int from, in
         const float state = t->state[(l * rows + (size_t)r) * cols + (size_t)i];
         target[l] = pass == FIRST ? state : t->value[l * CODES + (size_t)now] - state / by[i];
     }
-    if (pass != MEASURE) *code = (uint8_t)choose(t, target, now);
+    if (pass != MEASURE) *code = (uint8_t)choose(t, target, t->nearest[(size_t)r * cols + (size_t)i], now);
     const int begin = pass == FIRST ? i + 1 : from;
     for (size_t l = 0; l < levels; l++) {
         const float *value = t->value + l * CODES;
@@ -174,6 +175,8 @@ static void nest_task(void *raw, int block, int worker) {
     t.state = c->scratch + (size_t)worker * c->stride;
     t.change = t.state + TASK_ROWS * levels * cols;
     t.value = t.change + TASK_ROWS * levels * LAZY;
+    t.nearest = (uint8_t *)(t.value + levels * CODES);
+    memcpy(t.nearest, c->codes + (size_t)row0 * cols, (size_t)t.rows * cols);
     for (int r = 0; r < t.rows; r++)
         for (size_t l = 0; l < levels; l++)
             memcpy(t.state + (l * (size_t)t.rows + (size_t)r) * cols, c->w + (size_t)(row0 + r) * cols,
@@ -190,7 +193,8 @@ int em_nest_rows(em_pool *p, const float *w, int rows, int cols, const int32_t *
                  const float *o, const float *weight, int levels, int reach, int sweeps, uint8_t *codes) {
     nest_ctx c = {w,    feedback, moment, s,     o,      weight, starts, bits, rows,
                   cols, groups,   levels, reach, sweeps, codes,  NULL,   0};
-    c.stride = TASK_ROWS * (size_t)levels * ((size_t)cols + LAZY) + (size_t)levels * CODES;
+    c.stride = TASK_ROWS * (size_t)levels * ((size_t)cols + LAZY) + (size_t)levels * CODES +
+               TASK_ROWS * (size_t)cols / sizeof(float);
     em_pool_lock(p);
     c.scratch = em_pool_scratch(p, (size_t)em_pool_threads(p) * c.stride * sizeof(float));
     if (c.scratch) em_pool_run(p, nest_task, &c, em_ceil_div(rows, TASK_ROWS));

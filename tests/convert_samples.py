@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,16 +59,30 @@ def to_bytes(w: F32, dtype: str) -> tuple[bytes, F32]:
     return half.tobytes(), half.astype(np.float32)
 
 
+Key = str | tuple[int, int, ExpertPart]
+"""Canonical name of a tensor, or (layer, expert, part)."""
+
+
 @dataclass
 class Source:
-    """A checkpoint directory and its weights by canonical name or (layer, expert, part)."""
+    """A checkpoint directory and its weights."""
 
     path: Path
-    weights: dict[str | tuple[int, int, ExpertPart], F32]
+    weights: dict[Key, F32]
 
 
-def make_checkpoint(path: Path, dtype: str = "BF16", seed: int = 0, **overrides: object) -> Source:
-    """A random model of SMALL's shape with the given changes to its config.json."""
+def unchanged(key: Key, w: F32) -> F32:
+    return w
+
+
+def make_checkpoint(
+    path: Path,
+    dtype: str = "BF16",
+    seed: int = 0,
+    change: Callable[[Key, F32], F32] = unchanged,
+    **overrides: object,
+) -> Source:
+    """A random model of SMALL's shape with the given changes to its config.json and weights."""
     raw = {k: v for k, v in (SMALL | overrides).items() if v is not None}
     path.mkdir()
     (path / "config.json").write_text(json.dumps(raw))
@@ -80,8 +95,8 @@ def make_checkpoint(path: Path, dtype: str = "BF16", seed: int = 0, **overrides:
     source = Source(path, {})
     tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
 
-    def add(key: str | tuple[int, int, ExpertPart], name: str, shape: tuple[int, ...]) -> None:
-        w = rng.standard_normal(shape, np.float32) * np.float32(0.05)
+    def add(key: Key, name: str, shape: tuple[int, ...]) -> None:
+        w = change(key, rng.standard_normal(shape, np.float32) * np.float32(0.05))
         data, source.weights[key] = to_bytes(w, dtype)
         tensors[name] = (dtype, shape, data)
 

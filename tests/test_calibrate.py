@@ -18,6 +18,7 @@ from edgemoe.calibration import calibration, windows
 from edgemoe.checkpoint import Checkpoint, open_checkpoint
 from edgemoe.errors import KernelError, UsageError
 from edgemoe.layout import MatrixLayout, record_layout
+from edgemoe.mwq import convert as convert_module
 from edgemoe.mwq.calibrate import (
     ENOUGH,
     CalibratedExperts,
@@ -147,16 +148,17 @@ def test_without_reach_codes_stay() -> None:
     np.testing.assert_array_equal(codes, before)
 
 
-def test_feedback_is_gptqs() -> None:
+@pytest.mark.parametrize("cols", [1, 24, 129, 700])
+def test_feedback_is_gptqs(cols: int) -> None:
     """[i, j] = U_ij / U_ii of the Cholesky factor U of the damped inverse."""
-    h = moment(inputs(300, 24))
-    damped = h / (np.trace(h) / 24) + 0.03 * np.eye(24)
+    h = moment(inputs(300, cols))
+    damped = h / (np.trace(h) / cols) + 0.03 * np.eye(cols)
     upper = np.linalg.cholesky(np.linalg.inv(damped)).T
     got = coupling(h)
     want = np.triu(upper / np.diag(upper)[:, None], 1)
     np.testing.assert_allclose(got.feedback, want, atol=1e-6)
     np.testing.assert_allclose(got.moment, damped, atol=1e-6)
-    assert not coupling(np.eye(24) * 7.0).feedback.any()
+    assert not coupling(np.eye(cols) * 7.0).feedback.any()
 
 
 @pytest.mark.parametrize("fill", [0.0, np.nan, np.inf])
@@ -351,10 +353,54 @@ def test_progress_counts_both_passes(tmp_path: Path) -> None:
     done = [step[0] for step in told]
     assert done == sorted(done) and done[-1] == told[-1][1]
     experts = 3 * len(checkpoint.config.moe_layers)
-    assert [what.endswith(", first look") for _, _, what in told[: experts + 1]] == [
+    finished = [now for before, now in pairwise([(0, 0, ""), *told]) if now[0] > before[0]]
+    assert [what.endswith(", first look") for _, _, what in finished[: experts + 1]] == [
         *[True] * experts,
         False,
     ]
+
+
+def test_an_interrupt_is_heard_between_any_two_pieces_of_work(tmp_path: Path) -> None:
+    """Of both passes: before the first expert is seen, between the chunks of one, and so on."""
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "src").path)
+    text = [np.random.default_rng(1).integers(0, 70, 128) for _ in range(3)]
+    told: list[int] = []
+    last = 10**9
+
+    def progress(done: int, total: int, what: str) -> None:
+        told.append(done)
+        if len(told) == last:
+            raise KeyboardInterrupt
+
+    def run() -> None:
+        told.clear()
+        calibrate = calibration(checkpoint, text, 2)
+        convert(checkpoint, tmp_path / "out.emoe", progress=progress, calibrate=calibrate)
+
+    run()
+    (tmp_path / "out.emoe").unlink()
+    # 2 blocks of rows and 3 windows in each matrix or attention of the first layer
+    assert told.count(0) > 8
+    calls = len(told)
+    assert calls > 2 * len(set(told))
+    for last in range(1, calls, calls // 16):
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert len(told) == last
+        assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
+def test_rows_chosen_at_a_time_do_not_change_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = [np.random.default_rng(1).integers(0, 70, 128)]
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "src").path)
+    stores = []
+    for work in (1 << 31, 1):
+        monkeypatch.setattr(convert_module, "_RUN_WORK", work)
+        convert(checkpoint, tmp_path / "x.emoe", calibrate=calibration(checkpoint, text, 1))
+        stores.append((tmp_path / "x.emoe").read_bytes())
+    assert stores[0] == stores[1]
 
 
 def test_threads_do_not_change_the_store(tmp_path: Path) -> None:

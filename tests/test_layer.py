@@ -15,11 +15,11 @@ from edgemoe import kernels
 from edgemoe.cpu_attn.kv_cache import KVCache, OnePass, rope_tables
 from edgemoe.engine import open_model
 from edgemoe.errors import KernelError, UsageError
-from edgemoe.hebf.order import hottest_first
 from edgemoe.layout import expert_layout
 from edgemoe.loader.arena import Arena
 from edgemoe.model import Span, dense_part
-from edgemoe.types import F32, QuantSpec
+from edgemoe.pipeline.serial import mixture
+from edgemoe.types import QuantSpec
 from edgemoe.weights import from_store
 
 HIDDEN, INNER, EXPERTS = 96, 72, 11
@@ -125,18 +125,6 @@ def test_places_keep_to_the_context(one: Any) -> None:
         used.place(0, 1)
 
 
-def composed(
-    pool: kernels.Pool, layout: Any, x: F32, table: Any, level: int, ids: Any, gates: F32
-) -> F32:
-    want = hottest_first(ids, np.full(ids.shape, level, np.int32))
-    k = ids.shape[1]
-    jobs = (table[want.expert], want.level_index, want.first_pair, want.pair // np.int32(k))
-    pair_out = kernels.experts(pool, layout, x, *jobs)
-    position = np.empty(ids.size, np.int32)
-    position[want.pair] = np.arange(ids.size, dtype=np.int32)
-    return kernels.combine(pool, pair_out, position.reshape(ids.shape), gates)
-
-
 @pytest.mark.parametrize("ahead", [0, 32, INNER])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_one_call_is_the_mixture(ahead: int, threads: int) -> None:
@@ -149,7 +137,7 @@ def test_one_call_is_the_mixture(ahead: int, threads: int) -> None:
         gates = rng.random((n, 3)).astype(np.float32)
         ids = np.array([rng.permutation(EXPERTS)[:3] for _ in range(n)], np.int32)
         got = kernels.Mixture(layout, table, level)(pool, x, ids, gates)
-        assert np.array_equal(got, composed(pool, layout, x, table, level, ids, gates))
+        assert np.array_equal(got, mixture(layout, table, level, pool, x, ids, gates))
 
     for bad in (-1, EXPERTS):
         with pytest.raises(KernelError, match="rows of the 11 experts"):

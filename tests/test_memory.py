@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import make_tiny
 
 import edgemoe
 from edgemoe.errors import MemoryBudgetError, UsageError
@@ -29,6 +30,22 @@ with edgemoe.load(mem=mem, bits=bits, ctx_size=ctx, threads=2) as model:
         pass
     print(json.dumps({"peak": budget.peak_rss_bytes(), "stats": generation.stats.peak_rss_bytes,
                       "budget": generation.stats.mem_budget_bytes}))
+"""
+
+ACTIVATIONS = """
+import json, sys, tracemalloc, edgemoe
+from edgemoe.model import Span
+from edgemoe.perfmodel import fit
+with edgemoe.load(json.loads(sys.argv[1]), bits=2, ctx_size=100, threads=2) as model:
+    tokens = list(range(3, 103))
+    for _ in range(2):  # the pool's scratch is there the second time
+        span = Span(model.new_cache(), len(tokens))
+        tracemalloc.start()
+        model.hidden(tokens, [span])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    sampling = fit.activation_bytes(model.config, 0)
+    print(json.dumps([peak, fit.activation_bytes(model.config, len(tokens)) - sampling]))
 """
 
 
@@ -133,6 +150,24 @@ def test_highest_level_that_fits(levels: tuple[int, ...]) -> None:
             chosen.append(0)
     assert chosen == sorted(chosen)
     assert set(chosen) == {0, *levels}
+
+
+@pytest.mark.parametrize("backend", ["native", "numba"])
+@pytest.mark.parametrize("family", [None, "qwen3_moe", "qwen2_moe-options", "olmoe-options"])
+def test_activations_are_what_a_pass_allocates(
+    family: str | None, backend: str, tmp_path: Path
+) -> None:
+    """At most what is set aside for them, and not much less; None: the bundled model."""
+    path = None
+    if family is not None:
+        make_tiny(tmp_path, family)
+        edgemoe.convert(tmp_path, tmp_path / "x.emoe")
+        path = str(tmp_path / "x.emoe")
+    environment = os.environ | {"EDGEMOE_BACKEND": backend}
+    command = [sys.executable, "-c", ACTIVATIONS, json.dumps(path)]
+    out = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    peak, planned = json.loads(out.stdout)
+    assert peak <= planned <= 1.5 * peak
 
 
 def test_smallest_ceiling_is_tight() -> None:

@@ -48,7 +48,7 @@ def nest_rows(
 ) -> None:
     """Replace nearest codes [rows, cols] by those that serve all levels best together, in place.
 
-    Column after column takes the code, at most `reach` from the one it had, of the smallest sum
+    Column after column takes the code, at most `reach` from the nearest, of the smallest sum
     over levels of weight[l] * (decoded - target)^2. At first targets are the weights less what they
     make up of the errors of earlier columns, level by level (GPTQ's compensation, arXiv 2210.17323,
     with one code for several levels). Then each column in turn is brought where the output's

@@ -98,6 +98,12 @@ def backend() -> str:
     return "numba" if native.__name__.endswith("numba_backend") else "native"
 
 
+def fused() -> bool:
+    """Whether the backend runs a layer up to its experts, and a mixture of them, in one call each:
+    DecoderLayer and Mixture. Elsewhere they are the kernels that they are made of."""
+    return hasattr(native, "Layer")
+
+
 def isa_names() -> list[str]:
     """Instruction sets this build and machine can run, best first."""
     return native.isa_names()

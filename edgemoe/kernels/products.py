@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -191,7 +191,8 @@ def combine(pool: Pool, pair_out: F32, position: I32, weights: F32) -> F32:
 
 
 class Mixture:
-    """All experts of a layer at one level: `experts` and `combine` in one native call.
+    """All experts of a layer at one level: `experts` and `combine` in one native call, where the
+    backend has it (dispatch.fused).
 
     segments: uint64 [experts, levels], the addresses of each expert's segments; all are read at
     level index `level`. The addresses must stay valid and whole: the caller pins them.
@@ -230,23 +231,27 @@ class Mixture:
 
 def scratch_bytes(
     config: ModelConfig,
-    experts: Sequence[RecordLayout],
-    dense: Sequence[RecordLayout],
+    experts: Collection[RecordLayout],
+    dense: Collection[RecordLayout],
     threads: int,
     n: int,
 ) -> int:
     """Pool scratch that a forward pass of n tokens needs at most."""
-    native, k = dispatch.native, config.num_experts_per_tok
+    native, k, fused = dispatch.native, config.num_experts_per_tok, dispatch.fused()
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    sizes = []
+    sizes = [native.attention_scratch(threads, n, *heads)]
     for layout in experts:
         gate, by = layout.matrices[0], (_ahead_columns(layout), _group_units(layout))
-        shape = (config.num_experts, gate.cols, gate.rows)
-        sizes.append(native.mixture_scratch(threads, n, k, *shape, *by))
+        shape = (gate.cols, gate.rows, *by)
+        if fused:
+            sizes.append(native.mixture_scratch(threads, n, k, config.num_experts, *shape))
+        else:
+            sizes.append(native.experts_scratch(threads, n, n * k, *shape))
     mlp = max(config.shared_expert_intermediate_size, config.intermediate_size)
     for layout in dense:
         units = _group_units(layout)
         sizes.append(native.linear_scratch(n, layout.matrices[0].cols, units))
-        layer = (config.hidden_size, *heads, mlp, config.num_experts, units)
-        sizes.append(native.layer_scratch(threads, n, *layer))
+        if fused:
+            layer = (config.hidden_size, *heads, mlp, config.num_experts, units)
+            sizes.append(native.layer_scratch(threads, n, *layer))
     return max(sizes)

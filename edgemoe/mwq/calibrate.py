@@ -27,6 +27,13 @@ ExpertMatrices = tuple[F32, F32, F32]
 Read = Callable[[int, int], ExpertMatrices]
 """(layer, expert) -> its matrices."""
 
+Step = Callable[[], None]
+"""Called between pieces of work, some tenths of a second apart; may raise to end the work."""
+
+
+def no_step() -> None:
+    """Work that is not watched."""
+
 
 class Chunk(NamedTuple):
     """Tokens of an expert, float32.
@@ -70,6 +77,9 @@ _SILENT = np.float32(1e-30)
 _CHUNK = 2048
 """Tokens at a time: bounds what an expert that sees all of a text needs."""
 
+_SMALL = 128
+"""Columns that are inverted at once."""
+
 
 class Coupling(NamedTuple):
     """How the errors of a matrix's columns add up in its outputs, float32 [cols, cols].
@@ -82,10 +92,12 @@ class Coupling(NamedTuple):
     feedback: F32
 
 
-def coupling(moment: F64) -> Coupling:
+def coupling(moment: F64, step: Step = no_step) -> Coupling:
     """Of H, float64 [cols, cols], symmetric and not negative.
 
     If H is zero or not finite, columns stand alone: plain rounding.
+
+    step: called now and then.
     """
     cols = len(moment)
     mean = float(np.trace(moment)) / cols
@@ -95,13 +107,32 @@ def coupling(moment: F64) -> Coupling:
     while True:
         damped = moment / mean + damping * np.eye(cols)
         try:
-            inverse = np.linalg.inv(damped)
-            upper = np.linalg.cholesky((inverse + inverse.T) / 2).T
+            upper = _inverse_factor(damped, step)
         except np.linalg.LinAlgError:
             damping *= 10  # the identity at the end of it
             continue
         feedback: F64 = np.triu(upper / np.diag(upper)[:, None], 1)
         return Coupling(damped.astype(np.float32), feedback.astype(np.float32))
+
+
+def _inverse_factor(h: F64, step: Step) -> F64:
+    """The upper triangular U with h^-1 = U^T U, float64 as h.
+
+    It is the inverse of the upper R with h = R R^T. Found from the end, by halves, both take little
+    more than products: a quarter of the time of an inverse and its Cholesky factor.
+    """
+    if len(h) <= _SMALL:
+        step()
+        lower = np.linalg.cholesky(h[::-1, ::-1])
+        return np.triu(np.linalg.inv(lower)[::-1, ::-1])
+    half = len(h) // 2
+    out = np.zeros_like(h)
+    last = _inverse_factor(h[half:, half:], step)
+    beside = h[:half, half:] @ last.T  # of R
+    first = _inverse_factor(h[:half, :half] - beside @ beside.T, step)
+    out[:half, :half], out[half:, half:] = first, last
+    out[:half, half:] = -(first @ (beside @ last))
+    return out
 
 
 class ExpertInputs(ABC):
@@ -116,11 +147,15 @@ class ExpertInputs(ABC):
             of the text count a little too.
 
     Attributes:
+        step: called now and then; whoever runs the pass calls it too.
         starved: experts that served fewer.
     """
 
-    def __init__(self, read: Read, num_experts: int, enough: int = ENOUGH) -> None:
+    def __init__(
+        self, read: Read, num_experts: int, enough: int = ENOUGH, step: Step = no_step
+    ) -> None:
         self._read, self._num_experts, self._enough = read, num_experts, enough
+        self.step = step
         self._quiet: F32 | None = None
         self.starved = 0
 
@@ -150,7 +185,7 @@ class ExpertInputs(ABC):
             gate2 = np.concatenate([np.square(weights[tokens, slots]), strange])
             matrices, rows = self._read(layer, e), np.concatenate([tokens, others])
             chunks = _chunks(x, rows, gate2, quiet, matrices, y, weights[tokens, slots])
-            self.see(layer, e, matrices, chunks)
+            self.see(layer, e, matrices, self._stepping(chunks))
         self._quiet = None
         return y
 
@@ -162,6 +197,12 @@ class ExpertInputs(ABC):
         self.starved += 1
         rest = np.setdiff1d(np.arange(n), tokens)
         return rest[np.linspace(0, len(rest) - 1, missing).astype(np.int64)]
+
+    def _stepping(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        for chunk in chunks:
+            self.step()
+            yield chunk
+            self.step()
 
 
 def _chunks(
@@ -186,8 +227,14 @@ class UnitSurvey(ExpertInputs):
     seen: called with (layer, expert) after each.
     """
 
-    def __init__(self, read: Read, num_experts: int, seen: Callable[[int, int], None]) -> None:
-        super().__init__(read, num_experts)
+    def __init__(
+        self,
+        read: Read,
+        num_experts: int,
+        seen: Callable[[int, int], None],
+        step: Step = no_step,
+    ) -> None:
+        super().__init__(read, num_experts, step=step)
         self._cost: dict[int, list[F32]] = {}
         self._seen = seen
 
@@ -253,8 +300,15 @@ class CalibratedExperts(ExpertInputs):
     All other matrices too.
     """
 
-    def __init__(self, read: Read, num_experts: int, survey: UnitSurvey, sink: Sink) -> None:
-        super().__init__(read, num_experts)
+    def __init__(
+        self,
+        read: Read,
+        num_experts: int,
+        survey: UnitSurvey,
+        sink: Sink,
+        step: Step = no_step,
+    ) -> None:
+        super().__init__(read, num_experts, step=step)
         self._survey, self._sink = survey, sink
 
     def see_linears(self, names: Sequence[str], x: F32) -> None:
@@ -263,7 +317,8 @@ class CalibratedExperts(ExpertInputs):
         for first in range(0, len(rows), _CHUNK):
             part = rows[first : first + _CHUNK]
             moment += part.T @ part
-        self._sink.linears(names, coupling(moment))
+            self.step()
+        self._sink.linears(names, coupling(moment, self.step))
 
     def see(
         self, layer: int, expert: int, matrices: ExpertMatrices, chunks: Iterator[Chunk]
@@ -279,11 +334,11 @@ class CalibratedExperts(ExpertInputs):
                 sample = Chunk(*(part[:_SAMPLE] for part in chunk))
         if sample is None:
             raise UsageError("a text of no tokens cannot calibrate")
-        order, read = self._survey.order(layer, expert), coupling(inputs)
+        order, read = self._survey.order(layer, expert), coupling(inputs, self.step)
         self._sink.expert(
             layer,
             expert,
             (gate[order], up[order], np.ascontiguousarray(down[:, order])),
-            (read, read, coupling(middles[np.ix_(order, order)])),
+            (read, read, coupling(middles[np.ix_(order, order)], self.step)),
             sample._replace(middles=sample.middles[:, order]),
         )

@@ -28,16 +28,21 @@ from .quantize import DENSE, EXPERTS, Worth, quantize_matrix
 from .sensitivity import SECTION, Estimate, measured
 
 Progress = Callable[[int, int, str], None]
-"""Called with (weights done, weights in all, part at hand); a first look counts for some too."""
+"""Called with (weights done, weights in all, part at hand), every some tenths of a second; a first
+look counts for some too. What it raises ends the conversion."""
 
 Calibrate = Callable[[ExpertInputs], None]
 """Runs the checkpoint in float32 over a text, all of it as one batch, with these experts."""
 
-_SURVEY_SHARE = 16
+_SURVEY_SHARE = 10
 """To look at an expert's inputs takes about this share of the time to choose its codes by them."""
 
 _RUN_WEIGHTS = 1 << 22
 """Weights read at a time: 16 MiB of float32."""
+
+_RUN_WORK = 1 << 31
+"""Of rows whose codes are chosen by what their columns have in common, this many weights times
+columns at a time: some tenths of a second."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def convert(
         def seen(layer: int, expert: int) -> None:
             meter.add(surveyed, f"{expert_name(layer, expert)}, first look")
 
-        survey = UnitSurvey(checkpoint.expert, config.num_experts, seen)
+        survey = UnitSurvey(checkpoint.expert, config.num_experts, seen, meter.step)
         calibrate(survey)
     ahead = None if survey is None else survey.ahead()
     with StoreWriter(out, config, quant, metadata, ahead) as writer:
@@ -125,7 +130,8 @@ def convert(
         if calibrate is None or survey is None:
             job.write_experts()
         else:
-            calibrate(CalibratedExperts(checkpoint.expert, config.num_experts, survey, job))
+            read, count = checkpoint.expert, config.num_experts
+            calibrate(CalibratedExperts(read, count, survey, job, meter.step))
         for name in names:
             job.write_tensor(name)
         for name, data in checkpoint.files.items():
@@ -149,11 +155,17 @@ class _Meter:
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._done, self._total, self._progress = 0, total, progress
+        self._what = "first look"
 
     def add(self, weights: int, what: str) -> None:
         self._done += weights
+        self._what = what
+        self.step()
+
+    def step(self) -> None:
+        """Nothing is finished, but the caller may want to show that work goes on, or to end it."""
         if self._progress is not None:
-            self._progress(self._done, self._total, what)
+            self._progress(self._done, self._total, self._what)
 
 
 _Rows = Callable[[int, int], F32]
@@ -214,8 +226,15 @@ class _Conversion:
         layout, what = self._writer.expert_layout(layer), expert_name(layer, expert)
         parts = []
         for whole, (w, by) in enumerate(zip(matrices, couplings, strict=True)):
-            parts += self._quantize(what, w, layout, whole, by, self._worth)
-            self._meter.add(w.size, what)
+            runs = []
+            step = _run_rows(w.shape[1], by)
+            for first in range(0, len(w), step):
+                rows = w[first : first + step]
+                runs.append(self._quantize(what, rows, layout, whole, by, self._worth))
+                self._meter.add(rows.size, what)
+            for stored in zip(*runs, strict=True):
+                run_codes, run_scales = zip(*stored, strict=True)
+                parts.append((np.concatenate(run_codes), _joined(run_scales)))
         codes, scales = zip(*parts, strict=True)
         segments = pack_record(layout, codes, scales, self._pool)
         self._writer.write_expert(layer, expert, segments)
@@ -260,7 +279,7 @@ class _Conversion:
         rows = layout.matrices[parts[0]].rows
         cols = sum(layout.matrices[m].cols for m in parts)
         done: list[list[NestedScales]] = []
-        step = max(_RUN_WEIGHTS // (cols * ROW_BLOCK), 1) * ROW_BLOCK
+        step = _run_rows(cols, columns)
         for first in range(0, rows, step):
             w = read(first, min(first + step, rows))
             run = self._quantize(record.what, w, layout, whole, columns)
@@ -287,6 +306,12 @@ class _Conversion:
             return quantize_matrix(w, layout, whole, self._pool, columns, worth)
         except UsageError as exc:
             raise CheckpointError(f"{what}: {exc}") from exc
+
+
+def _run_rows(cols: int, columns: Coupling | None) -> int:
+    """Rows that are quantized at a time, whole row blocks."""
+    rows = _RUN_WEIGHTS // cols if columns is None else _RUN_WORK // cols**2
+    return max(rows // ROW_BLOCK, 1) * ROW_BLOCK
 
 
 def _joined(runs: Sequence[NestedScales]) -> NestedScales:

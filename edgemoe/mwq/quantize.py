@@ -24,7 +24,7 @@ from ..types import F32, I32, U8, NestedScales
 from .packing import affine
 
 REACH = 64
-"""Steps that a code may move at a time: the width of a cell of level 2."""
+"""Steps that a code may lie from the nearest one: the width of a cell of level 2."""
 
 SWEEPS = 8
 """Over the columns of a row; more of them change little."""

@@ -1,5 +1,7 @@
 """The second backend: the functions of _native.pyi compiled by numba, with the same bits.
 
+It lacks those that are several others in one call: see dispatch.fused.
+
 For machines without the built extension. Arrays are as in _native.pyi: C-contiguous, of exactly
 the stated dtype, never copied; shapes are checked in kernels/. Segments start at multiples of 8
 bytes, as all memory of NumPy and of the arena does.
@@ -16,12 +18,10 @@ from ..errors import KernelError
 from ..types import F32, I8, I32, I64, U8, U64
 from . import conversion, dequant, floats, kv_attention, products
 from .jit import Kernel
-from .layer import Layer, layer_scratch, mixture, mixture_scratch
 from .peak import int8_peak
 from .pool import Pool, padded
 
 __all__ = [
-    "Layer",
     "Matrix",
     "Pool",
     "accumulate",
@@ -40,13 +40,10 @@ __all__ = [
     "isa_names",
     "kv_block_bytes",
     "kv_write",
-    "layer_scratch",
     "linear",
     "linear_f32",
     "linear_scratch",
     "matrix",
-    "mixture",
-    "mixture_scratch",
     "nest_rows",
     "pack_rows",
     "quantize_rows",

@@ -145,8 +145,9 @@ def nest_rows(
     """Rows of codes, chosen for all levels together: em_nest_rows."""
     count, cols = len(weight), w.shape[1]
     state, costs = np.empty((count, cols), np.float32), np.empty(256, np.float32)
-    target = np.empty(count, np.float32)
+    target, nearest = np.empty(count, np.float32), np.empty(cols, np.int64)
     for row in range(first, last):
+        nearest[:] = codes[row]
         for k in range(count):
             state[k] = w[row]
         for step in range(-2, sweeps):  # along the feedback, gradients, descents
@@ -164,7 +165,7 @@ def nest_rows(
                     if step > -2:
                         target[k] = _decoded(k, row, g, now, bits, s, o) - state[k, i] / by[i, i]
                 if step != -1:
-                    low, stop = max(now - reach, 0), min(now + reach, 255) + 1
+                    low, stop = max(nearest[i] - reach, 0), min(nearest[i] + reach, 255) + 1
                     for code in range(low, stop):
                         costs[code] = np.float32(0)
                         for k in range(count):

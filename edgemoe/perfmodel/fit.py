@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .. import kernels
 from ..errors import MemoryBudgetError
 from ..types import Budget, ModelConfig
 
@@ -25,15 +26,18 @@ class Footprint:
 
 
 def activation_bytes(config: ModelConfig, tokens: int) -> int:
-    """Bytes of the float32 arrays that a forward pass of `tokens` tokens keeps at once, at most."""
-    heads = 2 * config.num_attention_heads + 4 * config.num_key_value_heads
-    width = (
-        6 * config.hidden_size
-        + heads * config.head_dim
-        + config.num_experts_per_tok * config.hidden_size
-        + 2 * config.num_experts
-        + 3 * config.intermediate_size
-    )
+    """Bytes of the arrays that a forward pass of `tokens` tokens keeps at once, at most, beside the
+    scratch of its pool; and of what follows it, sampling."""
+    slots, hidden = config.num_experts_per_tok, config.hidden_size
+    inter = max(config.intermediate_size, config.shared_expert_intermediate_size)
+    # The residual stream and what is to be added to it; of this layer and the last one, the normed
+    # stream, what an MLP gives, and ids and weights of experts; angles of positions.
+    width = (6 if inter else 4) * hidden + 4 * slots + 4 * config.head_dim
+    if not kernels.fused():
+        heads = 3 * config.num_attention_heads + 4 * config.num_key_value_heads
+        attention = heads * config.head_dim
+        mixture = slots * (hidden + 32)  # pairs of tokens and experts, sorted
+        width += hidden + max(attention, 3 * inter, mixture) + config.num_experts
     # Sampling sorts the vocabulary in float64 with its indices.
     return 4 * tokens * width + 64 * config.vocab_size
 

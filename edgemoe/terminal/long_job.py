@@ -17,6 +17,9 @@ from ..errors import UsageError, shown
 LINE_EVERY_S = 5.0
 """Pause between progress lines where stderr is no terminal."""
 
+_KNOWN = 1000
+"""Of so many parts one has to be done before the rest can be foreseen: a job starts slowly."""
+
 Progress = Callable[[int, int, str], None]
 """Called with (weights done, weights in all, part at hand)."""
 
@@ -57,7 +60,7 @@ def check_output(out: str, *, force: bool, kind: str, magic: bytes, example: str
 
 @contextmanager
 def stoppable(report: Progress) -> Iterator[Progress]:
-    """Turn SIGINT and SIGTERM into an exception, but only between two runs of rows.
+    """Turn SIGINT and SIGTERM into an exception, but only where the job reports.
 
     There it always reaches the writer's clean-up; in the middle of opening the temporary file, say,
     it might not. The second Ctrl-C does not wait.
@@ -106,7 +109,8 @@ def progress(name: str) -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    with Bar(*columns, console=Console(stderr=True)) as bar:
+    # Parts of a job go at different paces: the time left follows from those of the last minutes.
+    with Bar(*columns, console=Console(stderr=True), speed_estimate_period=600) as bar:
         task = bar.add_task("", total=None, name=name)
         yield lambda done, total, what: bar.update(
             task, completed=done, total=total, description=what
@@ -125,9 +129,11 @@ class Lines:
         if now - self._last < LINE_EVERY_S and done < total:
             return
         self._last = now
-        left = (now - self._start) * (total - done) / done
+        left = ""
+        if done * _KNOWN >= total:
+            left = f", {_duration((now - self._start) * (total - done) / done)} left"
         print(
-            f"{self._name}: {100 * done // total} %, {_duration(left)} left ({what})",
+            f"{self._name}: {100 * done // total} %{left} ({what})",
             file=sys.stderr,
             flush=True,
         )

@@ -15,11 +15,11 @@ static float decoded(const problem *p, int l, int row, int col, int code) {
     return p->s[at] * (float)(code >> (8 - p->bits[l * p->groups + group])) + p->o[at];
 }
 
-static void choose(const problem *p, int row, int col, const float *target, uint8_t *code) {
+static void choose(const problem *p, int row, int col, const float *target, int nearest, uint8_t *code) {
     float cost[256];
     int best = *code;
-    const int first = best > p->reach ? best - p->reach : 0;
-    const int last = best + p->reach < 255 ? best + p->reach : 255;
+    const int first = nearest > p->reach ? nearest - p->reach : 0;
+    const int last = nearest + p->reach < 255 ? nearest + p->reach : 255;
     for (int c = first; c <= last; c++) {
         cost[c] = 0;
         for (int l = 0; l < p->levels; l++) {
@@ -36,10 +36,12 @@ static void plain_row(const problem *p, int row, float *at_work, uint8_t *codes)
     const size_t cols = (size_t)p->cols;
     const float *w = p->w + (size_t)row * cols;
     float target[EM_LEVELS];
+    uint8_t nearest[512];
+    memcpy(nearest, codes, cols);
     for (int l = 0; l < p->levels; l++) memcpy(at_work + (size_t)l * cols, w, cols * sizeof *w);
     for (int i = 0; i < p->cols; i++) {
         for (int l = 0; l < p->levels; l++) target[l] = at_work[(size_t)l * cols + (size_t)i];
-        choose(p, row, i, target, codes + i);
+        choose(p, row, i, target, nearest[i], codes + i);
         for (int l = 0; l < p->levels; l++) {
             const float e = decoded(p, l, row, i, codes[i]) - target[l];
             for (size_t j = (size_t)i + 1; j < cols; j++)
@@ -55,7 +57,7 @@ static void plain_row(const problem *p, int row, float *at_work, uint8_t *codes)
                 before[l] = sweep < 0 ? w[i] : decoded(p, l, row, i, codes[i]);
                 target[l] = before[l] - at_work[(size_t)l * cols + (size_t)i] / by[i];
             }
-            if (sweep >= 0) choose(p, row, i, target, codes + i);
+            if (sweep >= 0) choose(p, row, i, target, nearest[i], codes + i);
             for (int l = 0; l < p->levels; l++) {
                 const float change = decoded(p, l, row, i, codes[i]) - before[l];
                 for (size_t j = 0; j < cols; j++) at_work[(size_t)l * cols + j] += change * by[j];
