@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
@@ -32,9 +32,9 @@ from .types import F32, I64, ModelConfig, RunPlan, Stats
 from .weights import from_store
 
 DEFAULT_CTX = 4096
-PREFILL_CHUNK = 128
-"""Tokens a prefill step takes at once: enough to share each expert's weights, few enough that the
-arrays of a step stay small under a ceiling."""
+PREFILL_CHUNKS = (128, 256, 512)
+"""Tokens a prefill step takes at once. More share each expert's weights, but need more memory: the
+level is chosen with the fewest, then the most that still fit under the ceiling are taken."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,6 @@ def _plan(
 ) -> RunPlan:
     store, cfg = opened.store, opened.config
     quant = store.quant
-    chunk = min(PREFILL_CHUNK, ctx_size)
     dense = {t.layout for t in store.tensors.values() if t.layout is not None}
     experts = set(map(store.expert_layout, cfg.moe_layers))
 
@@ -129,14 +128,19 @@ def _plan(
             + float_bytes(store)
         )
 
+    def scratch(chunk: int) -> int:
+        pool = kernels.scratch_bytes(cfg, experts, dense, threads, chunk)
+        return pool + fit.activation_bytes(cfg, chunk) + reserve
+
+    first, *larger = (min(chunk, ctx_size) for chunk in PREFILL_CHUNKS)
     try:
-        pool_scratch = kernels.scratch_bytes(cfg, experts, dense, threads, chunk)
+        least = scratch(first)
     except KernelError as exc:
         raise StoreError(f"{store.path}: {exc}; convert its checkpoint again") from None
     footprint = fit.Footprint(
         weights=weights,
         kv_cache=cache_bytes(cfg, ctx_size, kv_type),
-        scratch=pool_scratch + fit.activation_bytes(cfg, chunk) + reserve,
+        scratch=least,
         process=memory.rss_bytes(),
     )
     level, dense_level, parts = fit.choose_level(
@@ -149,6 +153,8 @@ def _plan(
         dense_bits,
         memory.format_size,
     )
+    chunk = max((c for c in larger if parts.needed + scratch(c) - least <= ceiling), default=first)
+    parts = replace(parts, scratch=scratch(chunk))
     return RunPlan(level, dense_level, ctx_size, chunk, threads, kv_type, parts)
 
 

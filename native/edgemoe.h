@@ -59,22 +59,39 @@ static inline int em_level_bits(int level) {
     return bits[level];
 }
 
-/* Quantized activations of n tokens. */
+/* Quantized activations of a number of tokens, group by group, so that what many tokens need for one group of
+ * weights lies together. */
 typedef struct {
-    int8_t *q;    /* [n, units * 32] */
-    float *scale; /* [n, units] */
-    float *gx;    /* [n, groups]: sum over the group of scale * sum(q) */
+    int8_t *q;    /* [groups, tokens, group_units, 32] */
+    float *scale; /* [groups, tokens, group_units] */
+    float *gx;    /* [groups, tokens]: sum over the group of scale * sum(q) */
+    int tokens;
     int units;
     int groups;
     int group_units;
 } em_acts;
 
+/* Where unit u of a token is among all units. */
+static inline size_t em_acts_unit(const em_acts *a, size_t token, int u) {
+    const size_t group = (size_t)(u / a->group_units), wide = (size_t)a->group_units;
+    return (group * (size_t)a->tokens + token) * wide + (size_t)(u % a->group_units);
+}
+
+/* The same activations from a token on. */
+static inline em_acts em_acts_from(em_acts a, int token) {
+    const size_t units = (size_t)token * (size_t)a.group_units;
+    a.q += units * EM_UNIT;
+    a.scale += units;
+    a.gx += token;
+    return a;
+}
+
 /* One instruction set's bodies. */
 typedef struct {
     const char *name;
     int (*supported)(void);
-    /* x [cols] -> q [units * 32], scale [units], gx [groups] of row `row` of a. */
-    void (*quantize)(const float *x, int cols, const em_acts *a, int row);
+    /* x [cols] -> q, scale and gx of a token of a. */
+    void (*quantize)(const float *x, int cols, const em_acts *a, int token);
     /* out[i * ld + r - 8 * rb0] = w[r, :] . x[idx ? idx[i] : i] for the rows r of blocks [rb0, rb1)
      * and i < n. */
     void (*matmul)(const em_matrix *w, int rb0, int rb1, const em_acts *a, const int32_t *idx, int n,
@@ -185,9 +202,9 @@ int em_experts(em_pool *p, const float *x, int n, const em_job *jobs, int job_co
 /* y [n, hidden] = sum over slots ascending of weights [n, k] * pair_out[position [n, k]]. */
 void em_combine(em_pool *p, const float *pair_out, const int32_t *position, const float *weights, int n,
                 int k, int hidden, float *y);
-/* y [n, hidden] = sum over slots of weights [n, k] * expert(x): em_experts, hottest expert first (ties: the
- * lower index), then em_combine. Expert ids [n, k] are rows of segments [experts, depth], their addresses,
- * all read at `level`. EM_NO_SUCH_EXPERT: there is no such row, or an address that is needed is 0. */
+/* y [n, hidden] = sum over slots of weights [n, k] * expert(x): em_experts, experts ascending, then
+ * em_combine. Expert ids [n, k] are rows of segments [experts, depth], their addresses, all read at `level`.
+ * EM_NO_SUCH_EXPERT: there is no such row, or an address that is needed is 0. */
 int em_mixture(em_pool *p, const em_record *r, const uint64_t *segments, int experts, int depth, int level,
                const float *x, int n, int k, const int32_t *ids, const float *weights, float *y);
 /* Keys and values of a sequence in one layer: data [heads, blocks, em_kv_block_bytes]. A block holds the

@@ -89,10 +89,7 @@ static void down_task(void *raw, int task, int worker) {
     float *out = c->out + (size_t)p.first * ld + row;
     float *more = c->temp + (size_t)worker * TOKEN_TILE * CHUNK_ROWS;
     for (int d = 0; d < p.job->downs; d++) {
-        em_acts mid = c->mid[d];
-        mid.q += (size_t)p.first * (size_t)mid.units * EM_UNIT;
-        mid.scale += (size_t)p.first * (size_t)mid.units;
-        mid.gx += (size_t)p.first * (size_t)mid.groups;
+        const em_acts mid = em_acts_from(c->mid[d], p.first);
         if (d == 0) {
             c->isa->matmul(&p.job->down[0], p.rb0, p.rb1, &mid, NULL, p.count, out, ld);
             continue;
@@ -103,15 +100,10 @@ static void down_task(void *raw, int task, int worker) {
     }
 }
 
-static size_t acts_bytes(int n, int cols, int group_units) {
-    const int units = em_ceil_div(cols, EM_UNIT);
-    return em_acts_bytes(n, units, em_ceil_div(units, group_units));
-}
-
 static size_t experts_scratch(int threads, int n, int pairs, int jobs, int hidden, int intermediate,
                               int ahead, int group_units) {
-    return acts_bytes(n, hidden, group_units) + acts_bytes(pairs, ahead, group_units) +
-           acts_bytes(pairs, intermediate - ahead, group_units) +
+    return em_acts_bytes(n, hidden, group_units) + em_acts_bytes(pairs, ahead, group_units) +
+           em_acts_bytes(pairs, intermediate - ahead, group_units) +
            em_padded((size_t)pairs * (size_t)intermediate * sizeof(float)) +
            em_padded((size_t)threads * TOKEN_TILE * CHUNK_ROWS * sizeof(float)) +
            em_padded(((size_t)jobs + 1) * sizeof(int));
@@ -141,9 +133,8 @@ int em_experts(em_pool *p, const float *x, int n, const em_job *jobs, int job_co
                        .intermediate = up->rows,
                        .hidden = up->cols,
                        .out = pair_out};
-    ctx.in = em_carve_acts(&c, n, up->units, up->groups, up->group_units);
-    for (int d = 0; d < downs; d++)
-        ctx.mid[d] = em_carve_acts(&c, pairs, down[d].units, down[d].groups, down[d].group_units);
+    ctx.in = em_carve_acts(&c, n, up->cols, up->group_units);
+    for (int d = 0; d < downs; d++) ctx.mid[d] = em_carve_acts(&c, pairs, down[d].cols, down[d].group_units);
     ctx.h = em_carve(&c, (size_t)pairs * (size_t)ctx.intermediate * sizeof(float));
     ctx.temp = em_carve(&c, (size_t)em_pool_threads(p) * TOKEN_TILE * CHUNK_ROWS * sizeof(float));
     int *first_task = em_carve(&c, ((size_t)job_count + 1) * sizeof(int));

@@ -34,6 +34,16 @@ INLINE void sums_add(sums *s, int level, int half, const b32 v[4], const x16 *x)
     }
 }
 
+INLINE void sums_two(sums *s, int level, int t, b32 v, b32 w, x4 x, x4 y) {
+    const __m256i p = _mm256_maddubs_epi16(v, x), q = _mm256_maddubs_epi16(w, y);
+    if (level == 3) {
+        const __m256i both = _mm256_madd_epi16(_mm256_add_epi16(p, q), _mm256_set1_epi16(1));
+        s->sum = t ? _mm256_add_epi32(s->sum, both) : both;
+    } else {
+        s->sum = _mm256_add_epi16(t ? _mm256_add_epi16(s->sum, p) : p, q);
+    }
+}
+
 INLINE i8x sums_done(const sums *top, const sums *low, int level) {
     const __m256i ones = _mm256_set1_epi16(1);
     if (level == 0)

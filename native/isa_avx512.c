@@ -33,6 +33,12 @@ INLINE void sums_add(sums *s, int level, int half, const b32 v[4], const x16 *x)
     }
 }
 
+INLINE void sums_two(sums *s, int level, int t, b32 v, b32 w, x4 x, x4 y) {
+    (void)level;
+    const __m256i from = t ? s->sum : _mm256_setzero_si256();
+    s->sum = _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(from, v, x), w, y);
+}
+
 INLINE i8x sums_done(const sums *top, const sums *low, int level) {
     if (level == 0) return _mm256_add_epi32(top->sum, _mm256_srai_epi32(top->fourfold, 2));
     if (level == 1) return _mm256_srai_epi32(top->sum, 1);

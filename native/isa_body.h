@@ -45,11 +45,8 @@ INLINE int cell_bytes(int s) { return s == 1 || s == 2 ? 32 : 64; }
 
 #ifdef ISA_BODY
 
-static void quantize(const float *x, int cols, const em_acts *a, int row) {
-    int8_t *q = a->q + (size_t)row * (size_t)a->units * EM_UNIT;
-    float *scale = a->scale + (size_t)row * (size_t)a->units;
-    float *gx = a->gx + (size_t)row * (size_t)a->groups;
-    for (int g = 0; g < a->groups; g++) gx[g] = 0.0f;
+static void quantize(const float *x, int cols, const em_acts *a, int token) {
+    for (int g = 0; g < a->groups; g++) a->gx[(size_t)g * (size_t)a->tokens + (size_t)token] = 0.0f;
     for (int u = 0; u < a->units; u++) {
         const int first = u * EM_UNIT;
         float tail[EM_UNIT] = {0};
@@ -64,9 +61,10 @@ static void quantize(const float *x, int cols, const em_acts *a, int row) {
             f8_peak(f8_max(f8_max(f8_abs(v[0]), f8_abs(v[1])), f8_max(f8_abs(v[2]), f8_abs(v[3]))));
         const f8 inverse = f8_set1(amax >= EM_SMALLEST_PEAK ? 127.0f / amax : 0.0f);
         for (int i = 0; i < 4; i++) v[i] = f8_round(f8_mul(v[i], inverse));
-        const int32_t sum = bytes_sum(v, q + first);
-        scale[u] = amax / 127.0f;
-        gx[u / a->group_units] += scale[u] * (float)sum;
+        const size_t at = em_acts_unit(a, (size_t)token, u);
+        const int32_t sum = bytes_sum(v, a->q + at * EM_UNIT);
+        a->scale[at] = amax / 127.0f;
+        a->gx[(size_t)(u / a->group_units) * (size_t)a->tokens + (size_t)token] += a->scale[at] * (float)sum;
     }
 }
 

@@ -152,32 +152,52 @@ typedef int8x16_t x16;
 
 INLINE x16 x16_of(const int8_t *q) { return vld1q_s8(q); }
 
+/* Four activations, once for each of four rows. */
+typedef int8x16_t x4;
+
+INLINE x4 x4_of(const int8_t *q) {
+    int32_t four;
+    memcpy(&four, q, sizeof four);
+    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+}
+
 /* Sums in int32 of rows 4h .. 4h + 3, of fourfold codes apart. All codes are below 128, so that they
  * are signed bytes too. */
 typedef struct {
     int32x4_t sum[2], fourfold[2];
 } sums;
 
-/* to + products of vectors `first` and `second` of codes with theirs of activations. */
+/* to + products of 16 codes with as many activations, of four alike rows. */
 #if defined(EM_I8MM)
-#define ADD_TWO(to, first, second)                                                                           \
-    vusdotq_laneq_s32(vusdotq_laneq_s32(to, v[first].v[h], *x, first), v[second].v[h], *x, second)
+#define ADD(to, codes, acts) vusdotq_s32(to, codes, acts)
+#define ADD_LANE(to, codes, acts, lane) vusdotq_laneq_s32(to, codes, acts, lane)
 #elif defined(EM_DOTPROD)
-#define ADD_TWO(to, first, second)                                                                           \
-    vdotq_laneq_s32(vdotq_laneq_s32(to, vreinterpretq_s8_u8(v[first].v[h]), *x, first),                      \
-                    vreinterpretq_s8_u8(v[second].v[h]), *x, second)
+#define ADD(to, codes, acts) vdotq_s32(to, vreinterpretq_s8_u8(codes), acts)
+#define ADD_LANE(to, codes, acts, lane) vdotq_laneq_s32(to, vreinterpretq_s8_u8(codes), acts, lane)
+#endif
+
+/* to + v * x + w * y of four rows. */
+INLINE int32x4_t add_two(int32x4_t to, uint8x16_t v, uint8x16_t w, x4 x, x4 y) {
+#if defined(ADD)
+    return ADD(ADD(to, v, x), w, y);
 #else
-/* Two products of at most 63 * 127 fit in int16. */
-INLINE int32x4_t add_two(int32x4_t to, uint8x16_t v, uint8x16_t w, int32x4_t x, int32x4_t y) {
+    /* Two products of at most 63 * 127 fit in int16. */
     const int8x16_t a = vreinterpretq_s8_u8(v), b = vreinterpretq_s8_u8(w);
-    const int8x16_t c = vreinterpretq_s8_s32(x), d = vreinterpretq_s8_s32(y);
-    const int16x8_t lo = vmlal_s8(vmull_s8(vget_low_s8(a), vget_low_s8(c)), vget_low_s8(b), vget_low_s8(d));
-    const int16x8_t hi = vmlal_high_s8(vmull_high_s8(a, c), b, d);
+    const int16x8_t lo = vmlal_s8(vmull_s8(vget_low_s8(a), vget_low_s8(x)), vget_low_s8(b), vget_low_s8(y));
+    const int16x8_t hi = vmlal_high_s8(vmull_high_s8(a, x), b, y);
     return vaddq_s32(to, vpaddq_s32(vpaddlq_s16(lo), vpaddlq_s16(hi)));
+#endif
 }
+
+/* to + vectors `first` and `second` of codes times theirs of activations. */
+#if defined(ADD)
 #define ADD_TWO(to, first, second)                                                                           \
-    add_two(to, v[first].v[h], v[second].v[h], vdupq_laneq_s32(vreinterpretq_s32_s8(*x), first),             \
-            vdupq_laneq_s32(vreinterpretq_s32_s8(*x), second))
+    ADD_LANE(ADD_LANE(to, v[first].v[h], *x, first), v[second].v[h], *x, second)
+#else
+#define ADD_TWO(to, first, second)                                                                           \
+    add_two(to, v[first].v[h], v[second].v[h],                                                               \
+            vreinterpretq_s8_s32(vdupq_laneq_s32(vreinterpretq_s32_s8(*x), first)),                          \
+            vreinterpretq_s8_s32(vdupq_laneq_s32(vreinterpretq_s32_s8(*x), second)))
 #endif
 
 INLINE void sums_add(sums *s, int level, int half, const b32 v[4], const x16 *x) {
@@ -191,6 +211,12 @@ INLINE void sums_add(sums *s, int level, int half, const b32 v[4], const x16 *x)
             s->sum[h] = ADD_TWO(s->sum[h], 1, 3);
         }
     }
+}
+
+INLINE void sums_two(sums *s, int level, int t, b32 v, b32 w, x4 x, x4 y) {
+    (void)level;
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) s->sum[h] = add_two(t ? s->sum[h] : vdupq_n_s32(0), v.v[h], w.v[h], x, y);
 }
 
 INLINE i8x sums_done(const sums *top, const sums *low, int level) {

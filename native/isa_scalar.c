@@ -4,11 +4,8 @@
 
 static int supported(void) { return 1; }
 
-static void quantize(const float *x, int cols, const em_acts *a, int row) {
-    int8_t *q = a->q + (size_t)row * a->units * EM_UNIT;
-    float *scale = a->scale + (size_t)row * a->units;
-    float *gx = a->gx + (size_t)row * a->groups;
-    for (int g = 0; g < a->groups; g++) gx[g] = 0.0f;
+static void quantize(const float *x, int cols, const em_acts *a, int token) {
+    for (int g = 0; g < a->groups; g++) a->gx[(size_t)g * (size_t)a->tokens + (size_t)token] = 0.0f;
     for (int u = 0; u < a->units; u++) {
         const int first = u * EM_UNIT;
         const int n = cols - first < EM_UNIT ? cols - first : EM_UNIT;
@@ -18,14 +15,15 @@ static void quantize(const float *x, int cols, const em_acts *a, int row) {
             amax = v > amax ? v : amax;
         }
         const float inverse = amax >= EM_SMALLEST_PEAK ? 127.0f / amax : 0.0f;
+        const size_t at = em_acts_unit(a, (size_t)token, u);
         int32_t sum = 0;
         for (int i = 0; i < EM_UNIT; i++) {
             const int32_t v = i < n ? (int32_t)rintf(x[first + i] * inverse) : 0;
-            q[first + i] = (int8_t)v;
+            a->q[at * EM_UNIT + (size_t)i] = (int8_t)v;
             sum += v;
         }
-        scale[u] = amax / 127.0f;
-        gx[u / a->group_units] += scale[u] * (float)sum;
+        a->scale[at] = amax / 127.0f;
+        a->gx[(size_t)(u / a->group_units) * (size_t)a->tokens + (size_t)token] += a->scale[at] * (float)sum;
     }
 }
 
@@ -97,14 +95,13 @@ static void matmul(const em_matrix *w, int rb0, int rb1, const em_acts *a, const
                 group_scales(w, rb, g, s, o);
                 for (int i = 0; i < tile; i++) {
                     const size_t row = (size_t)(idx ? idx[first + i] : first + i);
-                    const int8_t *q = a->q + row * (size_t)a->units * EM_UNIT;
-                    const float *xs = a->scale + row * (size_t)a->units;
-                    const float gx = a->gx[row * (size_t)a->groups + (size_t)g];
+                    const float gx = a->gx[(size_t)g * (size_t)a->tokens + row];
                     float t[EM_ROW_BLOCK] = {0};
                     for (int u = u0; u < u1; u++) {
+                        const size_t at = em_acts_unit(a, row, u);
                         int32_t dots[EM_ROW_BLOCK];
-                        dot_unit(code[u - u0], q + u * EM_UNIT, dots);
-                        for (int r = 0; r < EM_ROW_BLOCK; r++) t[r] += xs[u] * (float)dots[r];
+                        dot_unit(code[u - u0], a->q + at * EM_UNIT, dots);
+                        for (int r = 0; r < EM_ROW_BLOCK; r++) t[r] += a->scale[at] * (float)dots[r];
                     }
                     for (int r = 0; r < EM_ROW_BLOCK; r++) y[i][r] = (y[i][r] + s[r] * t[r]) + o[r] * gx;
                 }
@@ -126,7 +123,7 @@ static void accumulate(const em_matrix *w, int rb0, int rb1, const em_acts *a, i
             unpack_unit(w, rb, u, code);
             for (int i = 0; i < n; i++) {
                 int32_t dots[EM_ROW_BLOCK];
-                dot_unit(code, a->q + ((size_t)i * (size_t)a->units + (size_t)u) * EM_UNIT, dots);
+                dot_unit(code, a->q + em_acts_unit(a, (size_t)i, u) * EM_UNIT, dots);
                 for (int r = 0; r < EM_ROW_BLOCK; r++)
                     out[((size_t)i * rows + (size_t)(rb * EM_ROW_BLOCK + r)) * (size_t)w->units + (size_t)u] =
                         dots[r];

@@ -11,15 +11,6 @@
 #ifndef ISA_UNPACK_H
 #define ISA_UNPACK_H
 
-/* Codes of a cell. top[t] is
- *   level 0  the code, four times the code where t is odd
- *   level 1  twice the code
- *   level 2, 3  the code
- *   level 4  its upper four bits; low[t] the others. */
-typedef struct {
-    b32 top[8], low[8];
-} codes;
-
 /* Two-bit fields of every byte, ascending; fields 1 and 3 stay at bits 2 and 3. */
 INLINE void part_crumbs(b32 v, b32 out[4]) {
     const b32 up = b32_shr(v, 4);
@@ -71,7 +62,11 @@ INLINE b32 pair_bits(const em_unit *u, int level, int half) {
     return b32_or(first, b32_look(b32_and(second, mask), below));
 }
 
-/* Vectors 4 * half and on of `codes.top`. */
+/* Vectors 4 * half and on of a cell:
+ *   level 0  the codes, four times the code where the vector's number is odd
+ *   level 1  twice the codes
+ *   level 2, 3  the codes
+ *   level 4  their upper four bits. */
 INLINE void unpack_top(const em_unit *u, int level, int half, b32 top[4]) {
     const b32 high = b32_load(u->p[0] + 32 * half);
     if (level == 0) {
@@ -87,17 +82,27 @@ INLINE void unpack_top(const em_unit *u, int level, int half, b32 top[4]) {
     }
 }
 
-/* Vectors 4 * half and on of `codes.low`. */
+/* The lower four bits at level 4. */
 INLINE void unpack_low(const em_unit *u, int half, b32 low[4]) {
     b32 even, odd;
     pair_crumbs(b32_load(u->p[3] + 32 * half), b32_load(u->p[4] + 32 * half), &even, &odd);
     part_nibbles(even, odd, low);
 }
 
+/* Codes of a cell as they are; at level 4 the upper four bits of each in `top`, the others in `low`. */
+typedef struct {
+    b32 top[8], low[8];
+} codes;
+
 INLINE void unpack(const em_unit *u, int level, codes *c) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
-        unpack_top(u, level, half, c->top + 4 * half);
+        b32 *top = c->top + 4 * half;
+        unpack_top(u, level, half, top);
+        if (level == 0)
+            for (int t = 1; t < 4; t += 2) top[t] = b32_shr(top[t], 2);
+        if (level == 1)
+            for (int t = 0; t < 4; t++) top[t] = b32_shr(top[t], 1);
         if (level == 4) unpack_low(u, half, c->low + 4 * half);
     }
 }

@@ -116,6 +116,15 @@ INLINE b32 b32_look(b32 nibbles, const uint8_t table[16]) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), nibbles);
 }
 
+/* Four activations, once for each row. */
+typedef b32 x4;
+
+INLINE x4 x4_of(const int8_t *q) {
+    int32_t four;
+    memcpy(&four, q, 4);
+    return _mm256_set1_epi32(four);
+}
+
 /* v[t]: activations 4t .. 4t + 3, once for each row. */
 typedef struct {
     b32 v[4];
@@ -124,11 +133,7 @@ typedef struct {
 INLINE x16 x16_of(const int8_t *q) {
     x16 x;
 #pragma GCC unroll 4
-    for (int t = 0; t < 4; t++) {
-        int32_t four;
-        memcpy(&four, q + 4 * t, 4);
-        x.v[t] = _mm256_set1_epi32(four);
-    }
+    for (int t = 0; t < 4; t++) x.v[t] = x4_of(q + 4 * t);
     return x;
 }
 

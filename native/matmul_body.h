@@ -2,7 +2,7 @@
  *
  * One token is bound by reading planes: each cell is unpacked in registers, used once, and what comes
  * next is asked for early. Many tokens are bound by multiplying: cells are unpacked once for a tile of
- * tokens, and activations are spread out once for a run of row blocks. */
+ * tokens, and both codes and activations are loaded once for several products. */
 
 /* Unit u of a row block whose planes begin at `block`. */
 INLINE em_unit unit_of(const em_unit *block, int level, size_t u) {
@@ -60,6 +60,9 @@ INLINE void store_rows(float *to, f8 y, int live) {
  * prefetching stops at page boundaries, and a task reads up to five planes at once. */
 enum { CELLS_AHEAD = 24 };
 
+/* Of a group: 128 columns, what models are quantized in unless told otherwise. */
+enum { USUAL_UNITS = 4 };
+
 INLINE void fetch_ahead(const em_unit *unit, int level) {
     for (int s = 0; s <= level; s++) __builtin_prefetch(unit->p[s] + CELLS_AHEAD * cell_bytes(s));
 }
@@ -81,161 +84,149 @@ INLINE i8x unit_dots(const em_unit *unit, int level, const int8_t *q) {
     return sums_done(&top, &low, level);
 }
 
-INLINE void one_token(const em_matrix *w, int level, int rb, const em_acts *a, size_t row, float *out) {
-    const int8_t *q = a->q + row * (size_t)a->units * EM_UNIT;
-    const float *xs = a->scale + row * (size_t)a->units, *gx = a->gx + row * (size_t)a->groups;
+/* t + scale * dots of a unit. */
+INLINE f8 add_unit(f8 t, const em_unit *block, int level, size_t u, const int8_t *q, float scale) {
+    const em_unit unit = unit_of(block, level, u);
+    fetch_ahead(&unit, level);
+    return f8_add(t, f8_mul(f8_set1(scale), f8_ints(unit_dots(&unit, level, q))));
+}
+
+INLINE void one_token(const em_matrix *w, int level, int rb, const em_acts *a, size_t token, float *out) {
     const em_unit block = block_of(w, level, rb, 0);
     scales r = scales_of(w, level, rb);
     f8 y = f8_zero(), s, o;
     size_t u = 0;
     for (int g = 0; g < w->groups; g++) {
         const size_t stop = g + 1 < w->groups ? u + (size_t)w->group_units : (size_t)w->units;
+        const size_t at = (size_t)g * (size_t)a->tokens + token, first = at * (size_t)w->group_units;
+        const int8_t *q = a->q + first * EM_UNIT;
+        const float *xs = a->scale + first;
         f8 t = f8_zero();
+        if (stop - u == USUAL_UNITS) { /* a number that is known needs no loop */
 #pragma GCC unroll 4
-        for (; u < stop; u++) {
-            const em_unit unit = unit_of(&block, level, u);
-            fetch_ahead(&unit, level);
-            t = f8_add(t, f8_mul(f8_set1(xs[u]), f8_ints(unit_dots(&unit, level, q + u * EM_UNIT))));
+            for (int i = 0; i < USUAL_UNITS; i++)
+                t = add_unit(t, &block, level, u + (size_t)i, q + i * EM_UNIT, xs[i]);
+            u = stop;
+        } else {
+            for (; u < stop; u++, q += EM_UNIT) t = add_unit(t, &block, level, u, q, *xs++);
         }
         next_group(&r, level, &s, &o);
-        y = f8_add(f8_add(y, f8_mul(s, t)), f8_mul(o, f8_set1(gx[g])));
+        y = f8_add(f8_add(y, f8_mul(s, t)), f8_mul(o, f8_set1(a->gx[at])));
     }
     store_rows(out, y, w->rows - rb * EM_ROW_BLOCK);
 }
 
-/* Activations of one unit and token, as the sums take them. */
-typedef struct {
-    x16 half[2];
-    f8 scale;
-} spread;
+/* Tokens that share one unpacking; row blocks and tokens of a grid, whose sums are kept in registers. */
+enum { TILE = 64, GRID_BLOCKS = 2, GRID_TOKENS = 4 };
 
-INLINE spread spread_out(const int8_t *q, float scale) {
-    return (spread){{x16_of(q), x16_of(q + 16)}, f8_set1(scale)};
-}
+/* Codes of two row blocks in one group. */
+typedef codes group_codes[EM_MAX_GROUP_UNITS][GRID_BLOCKS];
 
-INLINE i8x dots(const codes *c, int level, const spread *x) {
-    sums top, low;
+/* sum[b][i]: products of row block b's codes, the `low` ones or the top ones, with 32 activations of token i.
+ */
+INLINE void grid_sums(const codes c[GRID_BLOCKS], int level, int low, const int8_t *const q[GRID_TOKENS],
+                      int tokens, size_t at, sums sum[GRID_BLOCKS][GRID_TOKENS]) {
+#pragma GCC unroll 4
+    for (int t = 0; t < 8; t += 2)
+#pragma GCC unroll 4
+        for (int i = 0; i < tokens; i++) {
+            const x4 x = x4_of(q[i] + at + 4 * t), next = x4_of(q[i] + at + 4 * t + 4);
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-        sums_add(&top, level, half, c->top + 4 * half, &x->half[half]);
-        if (level == EM_LEVELS - 1) sums_add(&low, level, half, c->low + 4 * half, &x->half[half]);
-    }
-    return sums_done(&top, &low, level);
-}
-
-/* Up to FEW tokens share an unpacking; planes are still read from end to end, since memory binds. */
-enum { FEW = 16 };
-
-INLINE void few_tokens(const em_matrix *w, int level, int rb, const em_acts *a, const int32_t *idx, int n,
-                       float *out, size_t ld) {
-    const em_unit block = block_of(w, level, rb, 0);
-    scales r = scales_of(w, level, rb);
-    f8 y[FEW], t[FEW], s, o;
-    for (int i = 0; i < n; i++) y[i] = f8_zero();
-    int u = 0;
-    for (int g = 0; g < w->groups; g++) {
-        const int stop = g + 1 < w->groups ? u + w->group_units : w->units;
-        for (int i = 0; i < n; i++) t[i] = f8_zero();
-        for (; u < stop; u++) {
-            const em_unit unit = unit_of(&block, level, (size_t)u);
-            codes c;
-            fetch_ahead(&unit, level);
-            unpack(&unit, level, &c);
-            for (int i = 0; i < n; i++) {
-                const size_t at = (size_t)(idx ? idx[i] : i) * (size_t)a->units + (size_t)u;
-                const spread x = spread_out(a->q + at * EM_UNIT, a->scale[at]);
-                t[i] = f8_add(t[i], f8_mul(x.scale, f8_ints(dots(&c, level, &x))));
+            for (int b = 0; b < GRID_BLOCKS; b++) {
+                const b32 *v = low ? c[b].low : c[b].top;
+                sums_two(&sum[b][i], level, t, v[t], v[t + 1], x, next);
             }
         }
-        next_group(&r, level, &s, &o);
-        for (int i = 0; i < n; i++) {
-            const f8 gx = f8_set1(a->gx[(size_t)(idx ? idx[i] : i) * (size_t)a->groups + (size_t)g]);
-            y[i] = f8_add(f8_add(y[i], f8_mul(s, t[i])), f8_mul(o, gx));
-        }
-    }
-    for (int i = 0; i < n; i++) store_rows(out + (size_t)i * ld, y[i], w->rows - rb * EM_ROW_BLOCK);
 }
 
-/* Tokens that share one unpacking, units of a panel of them, and row blocks that share its spreading. */
-enum { TILE = 32, TILE_UNITS = 2, TILE_BLOCKS = 8 };
-
-/* t[b][i] += scale * dots of block rb0 + b and token i over units [u0, u0 + units). */
-INLINE void tile_panel(const em_matrix *w, int level, int rb0, int blocks, const em_acts *a,
-                       const int32_t *idx, int n, int u0, int units, f8 (*t)[TILE]) {
-    spread x[TILE_UNITS][TILE];
-    for (int i = 0; i < n; i++) {
-        const size_t at = (size_t)(idx ? idx[i] : i) * (size_t)a->units + (size_t)u0;
-        for (int u = 0; u < units; u++)
-            x[u][i] = spread_out(a->q + (at + (size_t)u) * EM_UNIT, a->scale[at + (size_t)u]);
+/* y[i][b] += s * t + o * gx of two row blocks in group g; tokens idx[0 .. tokens - 1]. */
+INLINE void grid(const group_codes code, int level, int units, const em_acts *a, int g, const int32_t *idx,
+                 int tokens, const f8 *s, const f8 *o, f8 (*y)[GRID_BLOCKS]) {
+    const int plain = level < 2 ? 2 : level; /* unpacked, codes below 16 are all alike */
+    const int8_t *q[GRID_TOKENS];
+    const float *scale[GRID_TOKENS], *gx = a->gx + (size_t)g * (size_t)a->tokens;
+    f8 t[GRID_BLOCKS][GRID_TOKENS];
+    for (int i = 0; i < tokens; i++) {
+        const size_t first = em_acts_unit(a, (size_t)idx[i], g * a->group_units);
+        q[i] = a->q + first * EM_UNIT;
+        scale[i] = a->scale + first;
+        for (int b = 0; b < GRID_BLOCKS; b++) t[b][i] = f8_zero();
     }
-    for (int b = 0; b < blocks; b++) {
-        const em_unit block = block_of(w, level, rb0 + b, u0);
-        for (int u = 0; u < units; u++) {
-            codes c;
-            const em_unit unit = unit_of(&block, level, (size_t)u);
-            fetch_ahead(&unit, level);
-            unpack(&unit, level, &c);
-            for (int i = 0; i < n; i++)
-                t[b][i] = f8_add(t[b][i], f8_mul(x[u][i].scale, f8_ints(dots(&c, level, &x[u][i]))));
+    for (int u = 0; u < units; u++) {
+        sums top[GRID_BLOCKS][GRID_TOKENS], low[GRID_BLOCKS][GRID_TOKENS];
+        grid_sums(code[u], plain, 0, q, tokens, (size_t)u * EM_UNIT, top);
+        if (level == EM_LEVELS - 1) grid_sums(code[u], plain, 1, q, tokens, (size_t)u * EM_UNIT, low);
+#pragma GCC unroll 4
+        for (int i = 0; i < tokens; i++) {
+            const f8 xs = f8_set1(scale[i][u]);
+#pragma GCC unroll 2
+            for (int b = 0; b < GRID_BLOCKS; b++)
+                t[b][i] = f8_add(t[b][i], f8_mul(xs, f8_ints(sums_done(&top[b][i], &low[b][i], plain))));
         }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < tokens; i++) {
+        const f8 x = f8_set1(gx[idx[i]]);
+#pragma GCC unroll 2
+        for (int b = 0; b < GRID_BLOCKS; b++)
+            y[i][b] = f8_add(f8_add(y[i][b], f8_mul(s[b], t[b][i])), f8_mul(o[b], x));
     }
 }
 
-INLINE void many_tokens(const em_matrix *w, int level, int rb0, int blocks, const em_acts *a,
-                        const int32_t *idx, int n, float *out, size_t ld) {
-    scales r[TILE_BLOCKS];
-    f8 y[TILE_BLOCKS][TILE], t[TILE_BLOCKS][TILE];
-    for (int b = 0; b < blocks; b++) {
-        r[b] = scales_of(w, level, rb0 + b);
-        for (int i = 0; i < n; i++) y[b][i] = f8_zero();
+/* Of row blocks rb and rb + 1, or twice of rb where that is the last. Tokens beyond n, up to the next
+ * multiple of those a grid takes, are computed and not kept. */
+INLINE void many_tokens(const em_matrix *w, int level, int rb, int rb1, const em_acts *a, const int32_t *idx,
+                        int n, float *out, size_t ld) {
+    const int blocks = rb1 - rb < GRID_BLOCKS ? rb1 - rb : GRID_BLOCKS;
+    em_unit block[GRID_BLOCKS];
+    scales r[GRID_BLOCKS];
+    f8 y[TILE][GRID_BLOCKS];
+    for (int b = 0; b < GRID_BLOCKS; b++) {
+        block[b] = block_of(w, level, b < blocks ? rb + b : rb, 0);
+        r[b] = scales_of(w, level, b < blocks ? rb + b : rb);
+        for (int i = 0; i < n + GRID_TOKENS - 1 && i < TILE; i++) y[i][b] = f8_zero();
     }
     for (int g = 0; g < w->groups; g++) {
         const int u0 = g * w->group_units, left = w->units - u0;
         const int units = left < w->group_units ? left : w->group_units;
-        for (int b = 0; b < blocks; b++)
-            for (int i = 0; i < n; i++) t[b][i] = f8_zero();
-        for (int u = 0; u < units; u += TILE_UNITS)
-            tile_panel(w, level, rb0, blocks, a, idx, n, u0 + u,
-                       units - u < TILE_UNITS ? units - u : TILE_UNITS, t);
-        f8 gx[TILE];
-        for (int i = 0; i < n; i++)
-            gx[i] = f8_set1(a->gx[(size_t)(idx ? idx[i] : i) * (size_t)a->groups + (size_t)g]);
-        for (int b = 0; b < blocks; b++) {
-            f8 s, o;
-            next_group(&r[b], level, &s, &o);
-            for (int i = 0; i < n; i++)
-                y[b][i] = f8_add(f8_add(y[b][i], f8_mul(s, t[b][i])), f8_mul(o, gx[i]));
+        group_codes code;
+        f8 s[GRID_BLOCKS], o[GRID_BLOCKS];
+        for (int b = 0; b < GRID_BLOCKS; b++) {
+            for (int u = 0; u < units; u++) {
+                const em_unit unit = unit_of(&block[b], level, (size_t)(u0 + u));
+                fetch_ahead(&unit, level);
+                unpack(&unit, level, &code[u][b]);
+            }
+            next_group(&r[b], level, &s[b], &o[b]);
+        }
+        if (n <= 2) {
+            grid(code, level, units, a, g, idx, 2, s, o, y);
+        } else {
+            for (int i = 0; i < n; i += GRID_TOKENS)
+                grid(code, level, units, a, g, idx + i, GRID_TOKENS, s, o, y + i);
         }
     }
     for (int b = 0; b < blocks; b++)
         for (int i = 0; i < n; i++)
-            store_rows(out + (size_t)i * ld + (size_t)b * EM_ROW_BLOCK, y[b][i],
-                       w->rows - (rb0 + b) * EM_ROW_BLOCK);
+            store_rows(out + (size_t)i * ld + (size_t)b * EM_ROW_BLOCK, y[i][b],
+                       w->rows - (rb + b) * EM_ROW_BLOCK);
 }
 
 INLINE void matmul_level(const em_matrix *w, int level, int rb0, int rb1, const em_acts *a,
                          const int32_t *idx, int n, float *out, size_t ld) {
     if (n == 1) {
-        const size_t row = idx ? (size_t)idx[0] : 0;
+        const size_t token = idx ? (size_t)idx[0] : 0;
         for (int rb = rb0; rb < rb1; rb++)
-            one_token(w, level, rb, a, row, out + (size_t)(rb - rb0) * EM_ROW_BLOCK);
-        return;
-    }
-    if (n <= FEW) {
-        for (int rb = rb0; rb < rb1; rb++)
-            few_tokens(w, level, rb, a, idx, n, out + (size_t)(rb - rb0) * EM_ROW_BLOCK, ld);
+            one_token(w, level, rb, a, token, out + (size_t)(rb - rb0) * EM_ROW_BLOCK);
         return;
     }
     for (int first = 0; first < n; first += TILE) {
-        em_acts tile = *a;
-        if (!idx) {
-            tile.q += (size_t)first * (size_t)a->units * EM_UNIT;
-            tile.scale += (size_t)first * (size_t)a->units;
-            tile.gx += (size_t)first * (size_t)a->groups;
-        }
-        for (int rb = rb0; rb < rb1; rb += TILE_BLOCKS)
-            many_tokens(w, level, rb, rb1 - rb < TILE_BLOCKS ? rb1 - rb : TILE_BLOCKS, &tile,
-                        idx ? idx + first : NULL, n - first < TILE ? n - first : TILE,
+        const int tile = n - first < TILE ? n - first : TILE;
+        int32_t tokens[TILE + GRID_TOKENS];
+        for (int i = 0; i < tile; i++) tokens[i] = idx ? idx[first + i] : first + i;
+        for (int i = tile; i < tile + GRID_TOKENS; i++) tokens[i] = tokens[0];
+        for (int rb = rb0; rb < rb1; rb += GRID_BLOCKS)
+            many_tokens(w, level, rb, rb1, a, tokens, tile,
                         out + (size_t)first * ld + (size_t)(rb - rb0) * EM_ROW_BLOCK, ld);
     }
 }
@@ -246,14 +237,11 @@ INLINE void accumulate_level(const em_matrix *w, int level, int rb0, int rb1, co
     for (int rb = rb0; rb < rb1; rb++) {
         const em_unit block = block_of(w, level, rb, 0);
         for (int u = 0; u < w->units; u++) {
-            codes c;
             const em_unit unit = unit_of(&block, level, (size_t)u);
-            unpack(&unit, level, &c);
             for (int i = 0; i < n; i++) {
                 int32_t lane[EM_ROW_BLOCK];
-                const size_t at = (size_t)i * (size_t)a->units + (size_t)u;
-                const spread x = spread_out(a->q + at * EM_UNIT, a->scale[at]);
-                i8x_store(lane, dots(&c, level, &x));
+                const int8_t *q = a->q + em_acts_unit(a, (size_t)i, u) * EM_UNIT;
+                i8x_store(lane, unit_dots(&unit, level, q));
                 for (int r = 0; r < EM_ROW_BLOCK; r++)
                     out[((size_t)i * rows + (size_t)(rb * EM_ROW_BLOCK + r)) * (size_t)w->units + (size_t)u] =
                         lane[r];

@@ -42,7 +42,7 @@ void em_combine(em_pool *p, const float *pair_out, const int32_t *position, cons
 
 typedef struct {
     em_job *jobs;
-    int32_t *count, *order, *pair_token, *position;
+    int32_t *count, *pair_token, *position;
     float *pair_out;
 } mixture;
 
@@ -50,7 +50,6 @@ static size_t carve(mixture *m, em_carver *c, int n, int k, int experts, int hid
     const size_t pairs = (size_t)n * (size_t)k, few = (size_t)experts < pairs ? (size_t)experts : pairs;
     m->jobs = em_carve(c, few * sizeof *m->jobs);
     m->count = em_carve(c, (size_t)experts * sizeof *m->count);
-    m->order = em_carve(c, few * sizeof *m->order);
     m->pair_token = em_carve(c, pairs * sizeof *m->pair_token);
     m->position = em_carve(c, pairs * sizeof *m->position);
     m->pair_out = em_carve(c, pairs * (size_t)hidden * sizeof *m->pair_out);
@@ -74,23 +73,19 @@ static int group(mixture *m, const em_record *r, const uint64_t *segments, int e
         if (ids[i] < 0 || ids[i] >= experts) return EM_NO_SUCH_EXPERT;
         m->count[ids[i]]++;
     }
+    /* Experts ascending: tasks are small, so an order by their pairs would not balance threads better. */
+    int first = 0;
     for (int e = 0; e < experts; e++) {
         if (!m->count[e]) continue;
-        int at = jobs++;
-        for (; at > 0 && m->count[m->order[at - 1]] < m->count[e]; at--) m->order[at] = m->order[at - 1];
-        m->order[at] = e;
-    }
-    int first = 0;
-    for (int j = 0; j < jobs; j++) {
-        const int e = m->order[j];
         const uint64_t *address = segments + (size_t)e * (size_t)depth;
         for (int s = 0; s <= level; s++)
             if (!address[s]) return EM_NO_SUCH_EXPERT;
-        m->jobs[j] = em_job_at(r, address, level);
-        m->jobs[j].first = first;
-        m->jobs[j].count = m->count[e];
+        em_job *job = &m->jobs[jobs++];
+        *job = em_job_at(r, address, level);
+        job->first = first;
+        job->count = m->count[e];
         m->count[e] = first; /* from here on: where its next pair goes */
-        first += m->jobs[j].count;
+        first += job->count;
     }
     for (int i = 0; i < pairs; i++) {
         m->position[i] = m->count[ids[i]]++;

@@ -77,10 +77,7 @@ static void linear_task(void *raw, int task, int worker) {
         }
         const int rb0 = chunk * CHUNK_BLOCKS;
         const int rb1 = rb0 + CHUNK_BLOCKS < blocks ? rb0 + CHUNK_BLOCKS : blocks;
-        em_acts a = c->acts;
-        a.q += (size_t)first * (size_t)a.units * EM_UNIT;
-        a.scale += (size_t)first * (size_t)a.units;
-        a.gx += (size_t)first * (size_t)a.groups;
+        const em_acts a = em_acts_from(c->acts, first);
         c->isa->matmul(w, rb0, rb1, &a, NULL, n,
                        c->y[m] + (size_t)first * (size_t)w->rows + (size_t)rb0 * EM_ROW_BLOCK,
                        (size_t)w->rows);
@@ -88,10 +85,7 @@ static void linear_task(void *raw, int task, int worker) {
     }
 }
 
-size_t em_linear_scratch(int n, int cols, int group_units) {
-    const int units = em_ceil_div(cols, EM_UNIT);
-    return em_acts_bytes(n, units, em_ceil_div(units, group_units));
-}
+size_t em_linear_scratch(int n, int cols, int group_units) { return em_acts_bytes(n, cols, group_units); }
 
 int em_linear(em_pool *p, const float *x, int n, const em_matrix *const *w, float *const *y, int count) {
     const em_isa *isa = em_isa_current();
@@ -101,7 +95,7 @@ int em_linear(em_pool *p, const float *x, int n, const em_matrix *const *w, floa
         em_pool_unlock(p);
         return EM_NO_MEMORY;
     }
-    const em_acts acts = em_carve_acts(&c, n, w[0]->units, w[0]->groups, w[0]->group_units);
+    const em_acts acts = em_carve_acts(&c, n, w[0]->cols, w[0]->group_units);
     em_quantize_all(p, isa, x, n, w[0]->cols, w[0]->cols, acts);
     linear_ctx ctx = {isa, acts, n, w, y, count, em_ceil_div(n, TOKEN_TILE)};
     int chunks = 0;
@@ -121,11 +115,16 @@ int em_accumulate(em_pool *p, const float *x, int n, const em_matrix *w, int8_t 
         em_pool_unlock(p);
         return EM_NO_MEMORY;
     }
-    const em_acts acts = em_carve_acts(&c, n, w->units, w->groups, w->group_units);
+    const em_acts acts = em_carve_acts(&c, n, w->cols, w->group_units);
     em_quantize_all(p, isa, x, n, w->cols, w->cols, acts);
     isa->accumulate(w, 0, em_ceil_div(w->rows, EM_ROW_BLOCK), &acts, n, out);
-    memcpy(q, acts.q, (size_t)n * (size_t)acts.units * EM_UNIT);
-    memcpy(scale, acts.scale, (size_t)n * (size_t)acts.units * sizeof(float));
+    for (int i = 0; i < n; i++)
+        for (int u = 0; u < acts.units; u++) {
+            const size_t from = em_acts_unit(&acts, (size_t)i, u),
+                         to = (size_t)i * (size_t)acts.units + (size_t)u;
+            memcpy(q + to * EM_UNIT, acts.q + from * EM_UNIT, EM_UNIT);
+            scale[to] = acts.scale[from];
+        }
     em_pool_unlock(p);
     return EM_OK;
 }

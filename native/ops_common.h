@@ -26,22 +26,20 @@ static inline void *em_carve(em_carver *c, size_t bytes) {
     return out;
 }
 
-static inline size_t em_acts_bytes(int n, int units, int groups) {
-    const size_t rows = (size_t)n;
-    return em_padded(rows * (size_t)units * EM_UNIT) + em_padded(rows * (size_t)units * sizeof(float)) +
-           em_padded(rows * (size_t)groups * sizeof(float));
+static inline em_acts em_carve_acts(em_carver *c, int n, int cols, int group_units) {
+    em_acts a = {.tokens = n, .units = em_ceil_div(cols, EM_UNIT), .group_units = group_units};
+    a.groups = em_ceil_div(a.units, group_units);
+    const size_t groups = (size_t)n * (size_t)a.groups, units = groups * (size_t)group_units;
+    a.q = em_carve(c, units * EM_UNIT);
+    a.scale = em_carve(c, units * sizeof(float));
+    a.gx = em_carve(c, groups * sizeof(float));
+    return a;
 }
 
-static inline em_acts em_carve_acts(em_carver *c, int n, int units, int groups, int group_units) {
-    em_acts a = {0};
-    const size_t rows = (size_t)n;
-    a.q = em_carve(c, rows * (size_t)units * EM_UNIT);
-    a.scale = em_carve(c, rows * (size_t)units * sizeof(float));
-    a.gx = em_carve(c, rows * (size_t)groups * sizeof(float));
-    a.units = units;
-    a.groups = groups;
-    a.group_units = group_units;
-    return a;
+static inline size_t em_acts_bytes(int n, int cols, int group_units) {
+    em_carver counted = {0};
+    em_carve_acts(&counted, n, cols, group_units);
+    return counted.used;
 }
 
 /* Quantizes x [n, cols], whose rows are ld apart, into acts, a row a task. */

@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import asdict
 
 import numpy as np
 
 from edgemoe import kernels
+from edgemoe.bench.timing import Spread, seconds
 from edgemoe.kv_layout import KV_TYPES, KVLayout
 
 SHAPES = {"olmoe": (16, 16, 128), "qwen3": (32, 4, 128)}
@@ -60,17 +62,6 @@ def options() -> argparse.Namespace:
     return args
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """p10, median and p90."""
-    return dict(zip(("p10", "median", "p90"), np.percentile(values, (10, 50, 90)), strict=True))
-
-
-def seconds(work: Callable[[], object], clock: Clock) -> float:
-    start = clock()
-    work()
-    return clock() - start
-
-
 def filled(pool: kernels.Pool, layout: KVLayout, layers: int) -> np.ndarray:
     """A cache of random keys and values, uint8 [layers, kv_heads, blocks, block bytes]."""
     rng = np.random.default_rng(0)
@@ -89,7 +80,7 @@ def decode(
     ctx: int,
     rounds: int,
     clock: Clock,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Spread]:
     """GB/s of plain reading, GB/s of keys and values in decoding, and the share of the first."""
     heads, kv_heads, d = shape
     layout = KVLayout(kv_type, kv_heads, d, ctx)
@@ -109,14 +100,10 @@ def decode(
     ]
     reading, attending = np.array(pairs).T
     return {
-        "stream_gb_s": spread(plain.nbytes / reading / 1e9),
-        "kv_gb_s": spread(plain.nbytes / attending / 1e9),
-        "share": spread(reading / attending),
-        "best": {
-            "stream_gb_s": plain.nbytes / reading.min() / 1e9,
-            "kv_gb_s": plain.nbytes / attending.min() / 1e9,
-        },
-        "us_a_layer": spread(attending / layers * 1e6),
+        "stream_gb_s": Spread.of(plain.nbytes / reading / 1e9),
+        "kv_gb_s": Spread.of(plain.nbytes / attending / 1e9),
+        "share": Spread.of(reading / attending),
+        "us_a_layer": Spread.of(attending / layers * 1e6),
     }
 
 
@@ -127,7 +114,7 @@ def prefill(
     tokens: int,
     rounds: int,
     clock: Clock,
-) -> dict[str, float]:
+) -> Spread:
     """GFLOP/s of `tokens` tokens that attend to themselves: 4 d a head and pair of positions."""
     heads, kv_heads, d = shape
     layout = KVLayout(kv_type, kv_heads, d, tokens)
@@ -139,7 +126,7 @@ def prefill(
         kernels.attention(pool, q, layout, data, 0, d**-0.5)
 
     attend()
-    return spread([flops / seconds(attend, clock) / 1e9 for _ in range(rounds)])
+    return Spread.of([flops / seconds(attend, clock) / 1e9 for _ in range(rounds)])
 
 
 def main() -> None:
@@ -156,24 +143,18 @@ def main() -> None:
     }
     decoded = {}
     for name, shape in shapes.items():
-        got = decoded[name] = decode(pool, shape, args.kv_type, args.ctx, args.rounds, clock)
-        parts = [
-            f"{key} {v['p10']:.2f} / {v['median']:.2f} / {v['p90']:.2f}"
-            for key, v in got.items()
-            if key != "best"
-        ]
-        print(f"decode {name}, {args.ctx} tokens (p10 / median / p90): {', '.join(parts)}")
+        got = decode(pool, shape, args.kv_type, args.ctx, args.rounds, clock)
+        decoded[name] = {key: asdict(v) for key, v in got.items()}
+        parts = ", ".join(f"{key} {v.shown()}" for key, v in got.items())
+        print(f"decode {name}, {args.ctx} tokens (p10 / median / p90): {parts}")
     out["decode"] = decoded
     if not args.no_prefill:
         prefilled = out["prefill_gflop_s"] = {}
         for name, shape in shapes.items():
             for tokens in (512, 2048):
                 gflops = prefill(pool, shape, args.kv_type, tokens, max(3, args.rounds // 3), clock)
-                prefilled[f"{name}-{tokens}"] = gflops
-                p10, median, p90 = gflops.values()
-                print(
-                    f"prefill {name}, {tokens} tokens: {p10:.1f} / {median:.1f} / {p90:.1f} GFLOP/s"
-                )
+                prefilled[f"{name}-{tokens}"] = asdict(gflops)
+                print(f"prefill {name}, {tokens} tokens: {gflops.shown(1)} GFLOP/s")
     print(json.dumps(out))
 
 

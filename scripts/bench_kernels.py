@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from edgemoe import kernels
+from edgemoe.bench.timing import Spread, seconds
+from edgemoe.bench.traffic import bytes_read
 from edgemoe.kernels import NestedMatrix
-from edgemoe.layout import dense_layout
+from edgemoe.layout import align_up, dense_layout
+from edgemoe.loader.arena import Arena
 from edgemoe.mwq.packing import pack_record
 from edgemoe.mwq.quantize import quantize_matrix
 from edgemoe.types import F32, LEVELS, U8, QuantSpec
@@ -60,17 +61,6 @@ def options() -> argparse.Namespace:
     return args
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """p10, median and p90."""
-    return dict(zip(("p10", "median", "p90"), np.percentile(values, (10, 50, 90)), strict=True))
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 @dataclass(frozen=True)
 class Stack:
     """Copies of one matrix at one level, one after the other in memory."""
@@ -78,7 +68,7 @@ class Stack:
     memory: U8
     matrices: list[NestedMatrix]
     nbytes: int
-    """Of scales and planes read, without what aligns them."""
+    """Of scales and planes that products read."""
     weights: int
     """Of all matrices."""
 
@@ -93,28 +83,24 @@ def stacked(shape: tuple[int, int], bits: int, nbytes: int) -> Stack:
     layout = dense_layout(*shape, QuantSpec())
     w = np.random.default_rng(0).standard_normal(shape, np.float32)
     codes, scales = zip(*quantize_matrix(w, layout), strict=True)
-    segments = pack_record(layout, codes, scales)[: LEVELS.index(bits) + 1]
-    starts = np.cumsum([0, *(-(-s.size // 64) * 64 for s in segments)]).tolist()
-    count = max(1, nbytes // starts[-1])
-    memory = aligned((count, starts[-1]))
+    level = LEVELS.index(bits)
+    segments = pack_record(layout, codes, scales)[: level + 1]
+    size = sum(align_up(s.size, 64) for s in segments)
+    count = max(1, nbytes // size)
+    memory = Arena(count * size).take(count * size)
     matrices = []
-    for row in memory:
-        parts = [row[at : at + s.size] for at, s in zip(starts, segments, strict=False)]
-        for part, segment in zip(parts, segments, strict=True):
-            part[:] = segment
+    for row in memory.reshape(count, size):
+        parts, at = [], 0
+        for segment in segments:
+            parts.append(row[at : at + segment.size])
+            parts[-1][:] = segment
+            at += align_up(segment.size, 64)
         matrices.append(NestedMatrix.of(layout, parts))
-    used = count * sum(s.size for s in segments)
-    return Stack(memory.reshape(-1), matrices, used, count * shape[0] * shape[1])
+    read = count * bytes_read(layout, level)
+    return Stack(memory, matrices, read, count * layout.weights())
 
 
-def aligned(shape: tuple[int, int]) -> U8:
-    """Zeros, uint8, that begin on a 64-byte boundary as segments do."""
-    raw = np.zeros(shape[0] * shape[1] + 64, np.uint8)
-    at = -raw.ctypes.data % 64
-    return raw[at : at + shape[0] * shape[1]].reshape(shape)
-
-
-def decode(pool: kernels.Pool, stack: Stack, rounds: int) -> dict[str, dict[str, float]]:
+def decode(pool: kernels.Pool, stack: Stack, rounds: int) -> dict[str, Spread]:
     """GB/s of plain reading, GB/s of weights in products with one token, and the share."""
     x = stack.inputs(1)
 
@@ -130,13 +116,13 @@ def decode(pool: kernels.Pool, stack: Stack, rounds: int) -> dict[str, dict[str,
     stream = stack.memory.nbytes / reading / 1e9
     weights = stack.nbytes / multiplying / 1e9
     return {
-        "stream_gb_s": spread(stream),
-        "weights_gb_s": spread(weights),
-        "share": spread(weights / stream),
+        "stream_gb_s": Spread.of(stream),
+        "weights_gb_s": Spread.of(weights),
+        "share": Spread.of(weights / stream),
     }
 
 
-def prefill(pool: kernels.Pool, stack: Stack, n: int, rounds: int) -> dict[str, float]:
+def prefill(pool: kernels.Pool, stack: Stack, n: int, rounds: int) -> Spread:
     """GMAC/s of products with n tokens."""
     x = stack.inputs(n)
 
@@ -144,7 +130,7 @@ def prefill(pool: kernels.Pool, stack: Stack, n: int, rounds: int) -> dict[str, 
         kernels.linear(pool, x, stack.matrices)
 
     multiply()
-    return spread([n * stack.weights / seconds(multiply) / 1e9 for _ in range(rounds)])
+    return Spread.of([n * stack.weights / seconds(multiply) / 1e9 for _ in range(rounds)])
 
 
 def main() -> None:
@@ -155,22 +141,17 @@ def main() -> None:
     for name in args.shape or SHAPES:
         for bits in args.level or LEVELS:
             stack = stacked(SHAPES[name], bits, args.mib * MIB)
-            got = decoded[f"{name}-{bits}"] = decode(pool, stack, args.rounds)
-            parts = [
-                f"{k} {v['p10']:.2f} / {v['median']:.2f} / {v['p90']:.2f}" for k, v in got.items()
-            ]
-            print(f"decode {name}, {bits} bits (p10 / median / p90): {', '.join(parts)}")
+            got = decode(pool, stack, args.rounds)
+            decoded[f"{name}-{bits}"] = {k: asdict(v) for k, v in got.items()}
+            parts = ", ".join(f"{k} {v.shown()}" for k, v in got.items())
+            print(f"decode {name}, {bits} bits (p10 / median / p90): {parts}")
             if args.no_prefill:
                 continue
             few = stacked(SHAPES[name], bits, MIB)
             for n in (64, 512):
-                gmacs = prefilled[f"{name}-{bits}-{n}"] = prefill(
-                    pool, few, n, max(3, args.rounds // 3)
-                )
-                p10, median, p90 = gmacs.values()
-                print(
-                    f"prefill {name}, {bits} bits, {n} tokens: {p10:.1f} / {median:.1f} / {p90:.1f}"
-                )
+                gmacs = prefill(pool, few, n, max(3, args.rounds // 3))
+                prefilled[f"{name}-{bits}-{n}"] = asdict(gmacs)
+                print(f"prefill {name}, {bits} bits, {n} tokens: {gmacs.shown(1)}")
     out: dict[str, object] = {"isa": kernels.isa(), "threads": args.threads, "mib": args.mib}
     out["decode"] = decoded
     if not args.no_prefill:

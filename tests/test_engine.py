@@ -19,7 +19,7 @@ from edgemoe.generation import StopMatcher
 from edgemoe.loader import budget
 from edgemoe.model import Span
 from edgemoe.mwq.convert import convert
-from edgemoe.types import QuantSpec
+from edgemoe.types import QuantSpec, RunPlan
 
 GREEDY = edgemoe.SamplingParams()
 
@@ -268,6 +268,27 @@ def test_a_smaller_cache_leaves_more_room() -> None:
             held = model.new_cache()._data.nbytes
             assert held <= sizes[kv_type] <= held + 64
     assert 0.5 < sizes["int8"] / sizes["f16"] < 0.56
+
+
+def test_prefill_takes_as_many_tokens_at_once_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The level comes first: a larger chunk never lowers it, nor crosses the ceiling."""
+    monkeypatch.setattr(budget, "rss_bytes", lambda: 100 << 20)
+
+    def plan(mem: int) -> RunPlan:
+        with edgemoe.load(mem=mem, bits=8, ctx_size=1024) as loaded:
+            assert loaded.plan.budget.needed <= mem
+            return loaded.plan
+
+    most = plan(1 << 30)  # of which the margin is the least there is, whatever the ceiling
+    assert most.prefill_chunk == 512
+    less = plan(most.budget.needed - 1)
+    assert less.prefill_chunk == 256 and less.budget.scratch < most.budget.scratch
+    least = plan(less.budget.needed - 1)
+    assert least.prefill_chunk == 128
+    with pytest.raises(edgemoe.MemoryBudgetError):
+        plan(least.budget.needed - 1)
+    with edgemoe.load(ctx_size=200) as short:
+        assert short.plan.prefill_chunk == 200
 
 
 def test_batches_of_nothing_are_refused(model: edgemoe.Model) -> None:

@@ -2,7 +2,7 @@
 
     measure.py    rounds of both sides in turn
     result.py     what they add up to
-    timing.py     one round's seconds; percentiles
+    timing.py     seconds of some work; percentiles
     tokens.py     what is fed
     traffic.py    bytes and multiply-adds a token, from the layouts
     machine.py    memory bandwidth and integer throughput

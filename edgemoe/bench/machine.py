@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 
 from .. import kernels
+from .timing import seconds
 
 STREAM_BYTES = 256 << 20
 """Bytes that are read to measure the memory; far above any processor's caches."""
@@ -32,12 +33,10 @@ class Limits:
 
     def stream(self) -> list[float]:
         """Bytes a second of a few runs over plain memory."""
-        return [STREAM_BYTES / self._read() for _ in range(_READS)]
+        return [STREAM_BYTES / seconds(self._read) for _ in range(_READS)]
 
-    def _read(self) -> float:
-        start = time.perf_counter()
+    def _read(self) -> None:
         kernels.stream_read(self._pool, self._data)
-        return time.perf_counter() - start
 
     def int8_peak(self) -> float:
         """Integer multiply-adds a second."""

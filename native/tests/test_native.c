@@ -134,10 +134,14 @@ static void drop(random_matrix *m) {
     for (int i = 0; i < EM_LEVELS + 3; i++) free(m->bytes[i]);
 }
 
+static size_t acts_units(const em_acts *a) {
+    return (size_t)a->tokens * (size_t)a->groups * (size_t)a->group_units;
+}
+
 static em_acts make_acts(const em_matrix *w, int n) {
-    em_acts a = {.units = w->units, .groups = w->groups, .group_units = w->group_units};
-    a.q = need((size_t)n * (size_t)w->units * EM_UNIT);
-    a.scale = need((size_t)n * (size_t)w->units * sizeof(float));
+    em_acts a = {.tokens = n, .units = w->units, .groups = w->groups, .group_units = w->group_units};
+    a.q = need(acts_units(&a) * EM_UNIT);
+    a.scale = need(acts_units(&a) * sizeof(float));
     a.gx = need((size_t)n * (size_t)w->groups * sizeof(float));
     return a;
 }
@@ -159,8 +163,8 @@ static void test_products(const em_isa *isa, int rows, int cols, int group_units
             plain->quantize(x + (size_t)i * (size_t)cols, cols, &a, i);
             isa->quantize(x + (size_t)i * (size_t)cols, cols, &b, i);
         }
-        CHECK(same(a.q, b.q, (size_t)n * (size_t)a.units * EM_UNIT));
-        CHECK(same(a.scale, b.scale, (size_t)n * (size_t)a.units * sizeof(float)));
+        CHECK(same(a.q, b.q, acts_units(&a) * EM_UNIT));
+        CHECK(same(a.scale, b.scale, acts_units(&a) * sizeof(float)));
         CHECK(same(a.gx, b.gx, (size_t)n * (size_t)a.groups * sizeof(float)));
         const int blocks = (rows + EM_ROW_BLOCK - 1) / EM_ROW_BLOCK;
         const size_t padded = (size_t)blocks * EM_ROW_BLOCK;
