@@ -344,7 +344,8 @@ def test_it_offers_what_the_native_module_does(numba_only: None) -> None:
     layout = dense_layout(16, 64, QuantSpec())
     segments, _ = random_record(layout, np.random.default_rng(0))
     matrix = NestedMatrix.of(layout, segments).native
-    made = {"Pool": kernels.new_pool(1), "Matrix": matrix, "Layer": numba_backend.Layer}
+    made = {"Pool": kernels.new_pool(1), "Matrix": matrix}
+    made |= {"Layer": numba_backend.Layer, "Reader": numba_backend.Reader}
     stub = ast.parse((Path(edgemoe.__file__).parent / "_native.pyi").read_text())
     for node in stub.body:
         if isinstance(node, ast.ClassDef):

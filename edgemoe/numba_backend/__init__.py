@@ -19,11 +19,13 @@ from .jit import Kernel
 from .layer import Layer, layer_scratch, mixture, mixture_scratch
 from .peak import int8_peak
 from .pool import Pool, padded
+from .reader import Reader
 
 __all__ = [
     "Layer",
     "Matrix",
     "Pool",
+    "Reader",
     "accumulate",
     "attention",
     "attention_scratch",
