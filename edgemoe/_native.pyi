@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 from .types import F32, I8, I32, I64, U8, U64
 
@@ -16,6 +17,24 @@ class Matrix:
     def cols(self) -> int: ...
     @property
     def level(self) -> int: ...
+
+class Reader:
+    def __init__(
+        self,
+        fd: int,
+        engine: str,
+        depth: int,
+        capacity: int,
+        direct: bool,
+        chunk: int,
+        bytes_per_second: float,
+    ) -> None: ...
+    def submit(self, memory: U8, reads: U64, priority: int) -> int: ...
+    def cancel(self, tag: int) -> tuple[int, bool]: ...
+    def reprioritise(self, tag: int, priority: int) -> tuple[int, bool]: ...
+    def wait(self, tag: int | None, seconds: float) -> tuple[int, int, int, int, int]: ...
+    def stats(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
 
 class Layer:
     def __init__(

@@ -19,6 +19,8 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 
+void bind_reader(nb::module_ &m);
+
 template <class T> using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 using F32 = Array<float>;
 using ConstF32 = Array<const float>;
@@ -83,6 +85,8 @@ struct Layer {
 } // namespace
 
 NB_MODULE(_native, m) {
+    bind_reader(m);
+
     nb::class_<Pool>(m, "Pool")
         .def(nb::init<int>(), "threads"_a)
         .def_prop_ro("threads", [](const Pool &p) { return em_pool_threads(p.p); })

@@ -348,6 +348,7 @@ def test_it_offers_what_the_native_module_does(numba_only: None) -> None:
     made = {"Pool": kernels.new_pool(1), "Matrix": matrix}
     fused = {"Layer", "layer_scratch", "mixture", "mixture_scratch"}
     assert not kernels.fused() and not fused & set(numba_backend.__all__)
+    made |= {"Reader": numba_backend.Reader}
     stub = ast.parse((Path(edgemoe.__file__).parent / "_native.pyi").read_text())
     for node in stub.body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name in fused:

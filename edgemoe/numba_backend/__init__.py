@@ -20,10 +20,12 @@ from . import conversion, dequant, floats, kv_attention, products
 from .jit import Kernel
 from .peak import int8_peak
 from .pool import Pool, padded
+from .reader import Reader
 
 __all__ = [
     "Matrix",
     "Pool",
+    "Reader",
     "accumulate",
     "attention",
     "attention_scratch",

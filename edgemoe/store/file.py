@@ -40,14 +40,23 @@ def read_exactly(fd: int, out: memoryview, offset: int, where: str) -> None:
         try:
             got = os.preadv(fd, [out[done : done + IO_CHUNK]], offset + done)
         except OSError as exc:
-            at = offset + done
-            raise StoreError(f"{where}: cannot read at byte {at}: {exc.strerror}") from exc
+            raise unreadable(where, offset + done, exc.strerror or str(exc)) from exc
         if not got:
-            raise StoreError(
-                f"{where}: truncated: ends at byte {offset + done}, {size - done} bytes are "
-                "missing; copy or convert it again"
-            )
+            raise truncated(where, offset + done, size - done)
         done += got
+
+
+def unreadable(where: str, at: int, reason: str) -> StoreError:
+    """The system refused to read at this byte of a file."""
+    return StoreError(f"{where}: cannot read at byte {at}: {reason}")
+
+
+def truncated(where: str, end: int, missing: int) -> StoreError:
+    """A file ends at this byte, and what was to be read does not."""
+    return StoreError(
+        f"{where}: truncated: ends at byte {end}, {missing} bytes are missing; copy or convert it "
+        "again"
+    )
 
 
 def write_exactly(fd: int, data: memoryview, offset: int) -> None:

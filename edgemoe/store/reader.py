@@ -16,7 +16,7 @@ from ..errors import ChecksumError, StoreError, UsageError, shown
 from ..kernels import crc32c
 from ..layout import RecordLayout
 from ..types import F32, PlaneRef
-from .file import IO_CHUNK, as_bytes, crc_of_file, read_exactly
+from .file import IO_CHUNK, as_bytes, crc_of_file, read_exactly, truncated, unreadable
 from .header import (
     EXPERTS,
     SUPERBLOCK,
@@ -153,10 +153,22 @@ class Store:
             raise UsageError(f"read_into needs a writable uint8 array of {ref.size} bytes in a row")
         read_exactly(self.fileno(), out.data, ref.offset, self._where)
         if crc32c(out) != ref.crc32c:
-            raise ChecksumError(
-                f"{self._where}: {self._describe(ref.offset)} is damaged (byte {ref.offset}, "
-                f"{ref.size} bytes); copy or convert it again"
-            )
+            raise self.damaged(ref)
+
+    def damaged(self, ref: PlaneRef) -> ChecksumError:
+        """The error of a segment whose bytes are not those of its checksum."""
+        return ChecksumError(
+            f"{self._where}: {self._describe(ref.offset)} is damaged (byte {ref.offset}, "
+            f"{ref.size} bytes); copy or convert it again"
+        )
+
+    def unreadable(self, at: int, reason: str) -> StoreError:
+        """The error of a read that the system refused at this byte."""
+        return unreadable(self._where, at, reason)
+
+    def truncated(self, end: int, missing: int) -> StoreError:
+        """The error of a file that ends at this byte, so many bytes too early."""
+        return truncated(self._where, end, missing)
 
     def read_f32(self, name: str) -> F32:
         """A float32 tensor as a new array of its shape; errors as `read_into`."""

@@ -34,7 +34,7 @@ static void *need(size_t bytes) {
     return p;
 }
 
-static float *floats(size_t n, float low, float high) {
+static inline float *floats(size_t n, float low, float high) {
     float *x = need(n * sizeof *x);
     for (size_t i = 0; i < n; i++) x[i] = uniform(low, high);
     return x;
