@@ -52,20 +52,37 @@ class Layer:
         floats: dict[str, F32],
         matrices: dict[str, Matrix],
     ) -> None: ...
-    def run(
+    def run(self, pool: Pool, batch: Batch, add: F32 | None, places: Sequence[KV]) -> bool: ...
+
+class Batch:
+    def __init__(
         self,
-        pool: Pool,
         x: F32,
-        add: F32,
         cos: F32,
         sin: F32,
-        places: Sequence[tuple[U8, int, int, int]],
         h: F32,
         ids: I32,
         weights: F32,
         mlp: F32,
         mlp_gate: F32,
+        rows: Sequence[tuple[int, int]],
     ) -> None: ...
+
+class KV:
+    def __init__(self, data: U8, kind: int, d: int, capacity: int) -> None: ...
+
+class Mixture:
+    def __init__(
+        self,
+        segments: U64,
+        offsets: I64,
+        level: int,
+        hidden: int,
+        intermediate: int,
+        ahead: int,
+        group_units: int,
+    ) -> None: ...
+    def run(self, pool: Pool, x: F32, ids: I32, weights: F32, y: F32) -> bool: ...
 
 def isa_names() -> list[str]: ...
 def isa() -> str: ...
@@ -104,19 +121,6 @@ def experts(
     pair_out: F32,
 ) -> None: ...
 def combine(pool: Pool, pair_out: F32, position: I32, weights: F32, y: F32) -> None: ...
-def mixture(
-    pool: Pool,
-    x: F32,
-    segments: U64,
-    offsets: I64,
-    level: int,
-    ids: I32,
-    weights: F32,
-    intermediate: int,
-    ahead: int,
-    group_units: int,
-    y: F32,
-) -> bool: ...
 def kv_block_bytes(kind: int, d: int) -> int: ...
 def kv_write(pool: Pool, data: U8, kind: int, k: F32, v: F32, start: int) -> None: ...
 def attention(

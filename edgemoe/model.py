@@ -25,7 +25,10 @@ class Experts(Protocol):
     """The mixture part of a layer: sum over slots of weight * expert(x)."""
 
     def __call__(self, layer: int, x: F32, ids: I32, weights: F32, /) -> F32:
-        """x: float32 [n, hidden]; ids int32, weights float32 [n, k] -> float32 [n, hidden]."""
+        """x: float32 [n, hidden]; ids int32, weights float32 [n, k] -> float32 [n, hidden].
+
+        All three are the forward pass's own: what is to outlast the call has to be copied.
+        """
         ...
 
 
@@ -104,24 +107,28 @@ def hidden(
     """
     cfg = weights.config
     n = len(tokens)
-    if n == 0 or any(s.count < 1 for s in spans):
+    rows = [(s.cache.length, s.count) for s in spans]
+    counts = [count for _, count in rows]
+    if n == 0 or min(counts, default=1) < 1:
         raise UsageError("a batch of no tokens: give at least one, and one to each sequence")
-    if sum(s.count for s in spans) != n:
-        raise UsageError(f"the spans hold {sum(s.count for s in spans)} tokens, the batch {n}")
-    positions = np.concatenate([np.arange(s.cache.length, s.cache.length + s.count) for s in spans])
+    if sum(counts) != n:
+        raise UsageError(f"the spans hold {sum(counts)} tokens, the batch {n}")
+    positions = np.concatenate([np.arange(first, first + count) for first, count in rows])
     cos, sin = rope_tables(cfg, positions)
     x = weights.embed(tokens)
-    x *= cfg.embedding_multiplier
+    if cfg.embedding_multiplier != 1.0:
+        x *= cfg.embedding_multiplier
+    batch = kernels.Batch(cfg, x, cos, sin, rows) if kernels.fused() else None
     y: F32 | None = None
     for i, layer in enumerate(weights.layers):
-        if layer.fused is not None and watch is None:
-            places = [(s.cache.place(i, s.count), s.count) for s in spans]
-            part = layer.fused(pool, x, y, cos, sin, places)
+        if layer.fused is not None and batch is not None and watch is None:
+            part = layer.fused(pool, batch, y, [s.cache.place(i, s.count) for s in spans])
         else:
             part = dense_part(cfg, pool, layer, i, x, y, cos, sin, spans, watch)
         y = _feed_forward(part, i, experts)
     if y is not None:
-        y *= cfg.residual_multiplier
+        if cfg.residual_multiplier != 1.0:
+            y *= cfg.residual_multiplier
         x += y
     for s in spans:
         s.cache.advance(s.count)

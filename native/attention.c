@@ -253,7 +253,7 @@ int em_attention(em_pool *p, const float *q, const em_kv *kv, int n, int heads, 
         for (const int step = c.round; c.first_split < end; c.first_split += step) {
             c.round = smaller(step, end - c.first_split);
             em_pool_run(p, split_task, &c, units * c.round);
-            em_pool_run(p, merge_task, &c, units);
+            em_run(p, merge_task, &c, units, (size_t)units * (size_t)c.round * unit_floats(&c));
         }
     } else {
         em_pool_run(p, walk_task, &c, units);

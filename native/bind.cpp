@@ -1,91 +1,17 @@
 // The Python binding: unpacks arrays, releases the GIL, calls the C core. Shapes are checked in
 // edgemoe/kernels.py; dtypes and contiguity here too (noconvert: nothing is ever copied).
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <map>
 #include <new>
 #include <string>
-#include <tuple>
-#include <utility>
 #include <vector>
 
-#include "edgemoe.h"
-
-namespace nb = nanobind;
-using namespace nb::literals;
-
-void bind_reader(nb::module_ &m);
-
-template <class T> using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
-using F32 = Array<float>;
-using ConstF32 = Array<const float>;
-
-namespace {
-
-struct Pool {
-    em_pool *p;
-    explicit Pool(int threads) : p(em_pool_new(threads)) {
-        if (!p) throw std::bad_alloc();
-    }
-    Pool(const Pool &) = delete;
-    Pool &operator=(const Pool &) = delete;
-    ~Pool() {
-        nb::gil_scoped_release nogil;
-        em_pool_free(p);
-    }
-};
-
-void check(int status) {
-    if (status == EM_NO_MEMORY) throw std::bad_alloc();
-}
-
-int dim(const auto &array, size_t axis) { return static_cast<int>(array.shape(axis)); }
-
-using Floats = std::map<std::string, ConstF32>;
-using Matrices = std::map<std::string, const em_matrix *>;
-
-// Keeps the arrays that it points into; the memory of the matrices is its user's to keep.
-struct Layer {
-    em_layer l{};
-    Floats floats;
-
-    Layer(int heads, int kv_heads, int d, int window, float scale, float eps, float clip, float residual,
-          int slots, bool normalize, Floats given, const Matrices &matrices)
-        : floats(std::move(given)) {
-        l.hidden = static_cast<int>(floats.at("input_norm").size());
-        l.heads = heads, l.kv_heads = kv_heads, l.d = d;
-        l.window = window, l.scale = scale, l.eps = eps, l.clip = clip, l.residual = residual;
-        l.input_norm = find("input_norm"), l.post_norm = find("post_norm");
-        l.q_norm = find("q_norm", &l.q_norm_cols), l.k_norm = find("k_norm", &l.k_norm_cols);
-        l.q_bias = find("q_bias"), l.k_bias = find("k_bias"), l.v_bias = find("v_bias");
-        l.o_bias = find("o_bias");
-        l.router = find("router", &l.experts), l.shared_router = find("shared_router");
-        l.slots = slots, l.normalize = normalize;
-        l.q = *matrices.at("q"), l.k = *matrices.at("k"), l.v = *matrices.at("v"), l.o = *matrices.at("o");
-        if (matrices.contains("gate")) {
-            l.gate = *matrices.at("gate"), l.up = *matrices.at("up"), l.down = *matrices.at("down");
-            l.mlp = l.gate.rows;
-        }
-    }
-
-    // A tensor, NULL if there is none, and the length of its first axis.
-    const float *find(const char *name, int *length = nullptr) const {
-        const auto at = floats.find(name);
-        if (at == floats.end()) return nullptr;
-        if (length) *length = dim(at->second, 0);
-        return at->second.data();
-    }
-};
-
-} // namespace
+#include "bind.h"
 
 NB_MODULE(_native, m) {
     bind_reader(m);
+    bind_layer(m);
 
     nb::class_<Pool>(m, "Pool")
         .def(nb::init<int>(), "threads"_a)
@@ -235,47 +161,6 @@ NB_MODULE(_native, m) {
         },
         "pool"_a, "pair_out"_a.noconvert(), "position"_a.noconvert(), "weights"_a.noconvert(),
         "y"_a.noconvert());
-
-    m.def(
-        "mixture",
-        [](Pool &pool, ConstF32 x, Array<const uint64_t> segments, Array<const int64_t> offsets, int level,
-           Array<const int32_t> ids, ConstF32 weights, int intermediate, int ahead, int group_units, F32 y) {
-            const em_record record = {offsets.data(), dim(offsets, 1), dim(x, 1),
-                                      intermediate,   ahead,           group_units};
-            nb::gil_scoped_release nogil;
-            const int status =
-                em_mixture(pool.p, &record, segments.data(), dim(segments, 0), dim(segments, 1), level,
-                           x.data(), dim(x, 0), dim(ids, 1), ids.data(), weights.data(), y.data());
-            check(status);
-            return status == EM_OK;
-        },
-        "pool"_a, "x"_a.noconvert(), "segments"_a.noconvert(), "offsets"_a.noconvert(), "level"_a,
-        "ids"_a.noconvert(), "weights"_a.noconvert(), "intermediate"_a, "ahead"_a, "group_units"_a,
-        "y"_a.noconvert());
-
-    nb::class_<Layer>(m, "Layer")
-        .def(nb::init<int, int, int, int, float, float, float, float, int, bool, Floats, Matrices>(),
-             "heads"_a, "kv_heads"_a, "d"_a, "window"_a, "scale"_a, "eps"_a, "clip"_a, "residual"_a,
-             "slots"_a, "normalize"_a, "floats"_a.noconvert(), "matrices"_a)
-        .def(
-            "run",
-            [](const Layer &layer, Pool &pool, F32 x, ConstF32 add, ConstF32 cos, ConstF32 sin,
-               const std::vector<std::tuple<Array<uint8_t>, int, int, int>> &places, F32 h,
-               Array<int32_t> ids, F32 weights, F32 mlp, F32 mlp_gate) {
-                std::vector<em_span> spans;
-                spans.reserve(places.size());
-                for (const auto &[data, kind, start, count] : places)
-                    spans.push_back(
-                        {{data.data(), kind, dim(data, 0), layer.l.d, dim(data, 1)}, start, count});
-                const em_routed out = {h.data(), ids.data(), weights.data(), mlp.data(), mlp_gate.data()};
-                nb::gil_scoped_release nogil;
-                check(em_layer_run(pool.p, &layer.l, x.data(), add.size() ? add.data() : nullptr, dim(x, 0),
-                                   cos.data(), sin.data(), spans.data(), static_cast<int>(spans.size()),
-                                   &out));
-            },
-            "pool"_a, "x"_a.noconvert(), "add"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(),
-            "places"_a.noconvert(), "h"_a.noconvert(), "ids"_a.noconvert(), "weights"_a.noconvert(),
-            "mlp"_a.noconvert(), "mlp_gate"_a.noconvert());
 
     m.def("kv_block_bytes", &em_kv_block_bytes, "kind"_a, "d"_a);
 

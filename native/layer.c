@@ -50,11 +50,7 @@ static void silu_task(void *raw, int task, int worker) {
 
 static void each_row(em_pool *p, em_task fn, float *y, const float *x, float factor, int n, int cols) {
     rows_ctx c = {em_isa_current(), y, x, factor, cols};
-    if ((size_t)n * (size_t)cols < EM_LITTLE) {
-        for (int i = 0; i < n; i++) fn(&c, i, 0);
-    } else {
-        em_pool_run(p, fn, &c, n);
-    }
+    em_run(p, fn, &c, n, (size_t)n * (size_t)cols);
 }
 
 typedef struct {

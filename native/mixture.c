@@ -30,13 +30,8 @@ static void combine_task(void *raw, int task, int worker) {
 void em_combine(em_pool *p, const float *pair_out, const int32_t *position, const float *weights, int n,
                 int k, int hidden, float *y) {
     combine_ctx c = {pair_out, weights, position, k, hidden, em_ceil_div(hidden, COMBINED), y};
-    const int tasks = n * c.chunks;
     em_pool_lock(p);
-    if ((size_t)n * (size_t)k * (size_t)hidden < EM_LITTLE) {
-        for (int i = 0; i < tasks; i++) combine_task(&c, i, 0);
-    } else {
-        em_pool_run(p, combine_task, &c, tasks);
-    }
+    em_run(p, combine_task, &c, n * c.chunks, (size_t)n * (size_t)k * (size_t)hidden);
     em_pool_unlock(p);
 }
 

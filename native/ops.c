@@ -153,7 +153,7 @@ static void dense_task(void *raw, int task, int worker) {
 void em_linear_f32(em_pool *p, const float *x, int n, const float *w, int rows, int cols, float *y) {
     dense_ctx c = {em_isa_current(), x, w, y, n, rows, cols};
     em_pool_lock(p);
-    em_pool_run(p, dense_task, &c, n * em_ceil_div(rows, DENSE_ROWS));
+    em_run(p, dense_task, &c, n * em_ceil_div(rows, DENSE_ROWS), (size_t)n * (size_t)rows * (size_t)cols);
     em_pool_unlock(p);
 }
 

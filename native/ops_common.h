@@ -10,6 +10,15 @@ enum { CHUNK_BLOCKS = 8, CHUNK_ROWS = CHUNK_BLOCKS * EM_ROW_BLOCK, TOKEN_TILE = 
 /* Floats that are written or read once: less is done sooner than a worker is told. */
 #define EM_LITTLE ((size_t)8192)
 
+/* As em_pool_run, but on the calling thread alone where all tasks together touch few floats. */
+static inline void em_run(em_pool *p, em_task fn, void *ctx, int tasks, size_t floats) {
+    if (floats < EM_LITTLE) {
+        for (int i = 0; i < tasks; i++) fn(ctx, i, 0);
+    } else {
+        em_pool_run(p, fn, ctx, tasks);
+    }
+}
+
 static inline size_t em_padded(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
 static inline int em_ceil_div(int a, int b) { return (a + b - 1) / b; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from edgemoe import kernels
 from edgemoe.cpu_attn.kv_cache import KVCache, OnePass, rope_tables
 from edgemoe.engine import open_model
 from edgemoe.errors import KernelError, UsageError
+from edgemoe.kv_layout import KVLayout
 from edgemoe.layout import expert_layout
 from edgemoe.loader.arena import Arena
 from edgemoe.model import Span, dense_part
@@ -45,17 +47,17 @@ def test_one_call_is_the_layer(store: Path, threads: int) -> None:
     for counts in ([40, 6, 1], [1, 3, 60]):
         n = sum(counts)
         both = [[Span(c, count) for c, count in zip(side, counts, strict=True)] for side in caches]
-        positions = np.concatenate(
-            [np.arange(s.cache.length, s.cache.length + s.count) for s in both[0]]
-        )
+        rows = [(s.cache.length, s.count) for s in both[0]]
+        positions = np.concatenate([np.arange(start, start + count) for start, count in rows])
         cos, sin = rope_tables(cfg, positions)
+        x = np.empty((n, cfg.hidden_size), np.float32)
+        batch = kernels.Batch(cfg, x, cos, sin, rows)
         for i, layer in enumerate(weights.layers):
             assert layer.fused is not None
-            x = rng.standard_normal((n, cfg.hidden_size)).astype(np.float32)
+            x[:] = rng.standard_normal(x.shape)
             add = None if i == 0 else rng.standard_normal(x.shape).astype(np.float32)
             apart = x.copy()
-            places = [(s.cache.place(i, s.count), s.count) for s in both[0]]
-            got = layer.fused(pool, x, add, cos, sin, places)
+            got = layer.fused(pool, batch, add, [s.cache.place(i, s.count) for s in both[0]])
             want = dense_part(cfg, pool, layer, i, apart, add, cos, sin, both[1])
             assert np.array_equal(x, apart)
             for a, b in zip(got, want, strict=True):
@@ -84,35 +86,43 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
     [
         ({"x": np.zeros((2, 60), "f4")}, "x: expected shape"),
         ({"x": np.zeros((2, 64))}, "x: expected dtype float32"),
+        ({"cos": np.zeros((2, 11), "f4")}, "cos: expected shape"),
+        ({"rows": [(0, 1)]}, "expected 2 in all"),
+        ({"rows": [(0, 0), (0, 2)]}, "a token or more"),
+        ({"rows": []}, "a token or more"),
+        ({"rows": [(-1, 2)]}, "positions of at least 0"),
         ({"add": np.zeros((1, 64), "f4")}, "add: expected shape"),
-        ({"cos": np.zeros((2, 11), "f4")}, "cos, sin: expected shape"),
-        ({"count": 1}, "expected 2 rows"),
-        ({"count": 0}, "no tokens"),
-        ({"start": 7}, "exceed 8"),
-        ({"data": np.zeros((2, 1, 8), "u1")}, "data: expected shape"),
-        ({"head_dim": 16}, "another model"),
+        ({"add": np.zeros((2, 64))}, "add: expected dtype"),
+        ({"rows": [(7, 2)]}, "room for its rows"),
+        ({"rows": [(0, 1), (0, 1)]}, "each of its sequences"),
+        ({"place_head_dim": 16}, "place of this model"),
+        ({"batch_head_dim": 16}, "batch of this model"),
+        ({"batch_slots": 1}, "batch of this model"),
+        ({"shape": (2, 1, 8)}, "data: expected shape"),
     ],
 )
 def test_wrong_arrays_are_refused(one: Any, change: dict[str, Any], match: str) -> None:
     config, pool, layer = one
-    place = KVCache(config, 8).place(0, 2)
-    if "head_dim" in change:
-        shape = kernels.KVPlace(
-            type(place.layout)("f16", place.layout.kv_heads, change["head_dim"], 8), place.data, 0
-        )
-        place = shape
-    place = place._replace(**{k: v for k, v in change.items() if k in ("data", "start")})
-    table = np.zeros((2, config.head_dim // 2), np.float32)
+    d, rows = change.get("batch_head_dim", config.head_dim), change.get("rows", [(0, 2)])
+    slots = change.get("batch_slots", config.num_experts_per_tok)
+    of_batch = replace(config, head_dim=d, num_experts_per_tok=slots)
+    shape = KVLayout(
+        "f16", config.num_key_value_heads, change.get("place_head_dim", config.head_dim), 8
+    )
+    table = np.zeros((2, d // 2), np.float32)
     x = change.get("x", np.zeros((2, config.hidden_size), np.float32))
     with pytest.raises(KernelError, match=match):
-        layer(
-            pool,
-            x,
-            change.get("add"),
-            change.get("cos", table),
-            table,
-            [(place, change.get("count", 2))],
-        )
+        place = kernels.KVPlace(shape, np.zeros(change.get("shape", shape.shape), np.uint8))
+        batch = kernels.Batch(of_batch, x, change.get("cos", table), table, rows)
+        layer(pool, batch, change.get("add"), [place])
+
+
+def test_angles_do_not_depend_on_how_many_are_asked_for(one: Any) -> None:
+    positions = np.arange(200)
+    together = rope_tables(one[0], positions)
+    for position in (0, 1, 63, 64, 130, 199):
+        for a, b in zip(rope_tables(one[0], positions[[position]]), together, strict=True):
+            assert np.array_equal(a, b[[position]])
 
 
 def test_places_keep_to_the_context(one: Any) -> None:
@@ -147,5 +157,16 @@ def test_one_call_is_the_mixture(ahead: int, threads: int) -> None:
     kernels.Mixture(layout, table, 0)(pool, x, ids, gates)
     with pytest.raises(KernelError, match="address"):
         kernels.Mixture(layout, table, 1)(pool, x, ids, gates)
+    wrong: list[tuple[Any, Any, Any, str]] = [
+        (x[:, :-1].copy(), ids, gates, "x: expected shape"),
+        (x.astype(np.float64), ids, gates, "x: expected dtype"),
+        (x, ids[:-1], gates[:-1], "ids: expected shape"),
+        (x, ids.astype(np.int64), gates, "ids: expected dtype"),
+        (x, ids, gates[:, :-1].copy(), "weights: expected shape"),
+        (x, ids, gates[0], "weights: expected shape"),
+    ]
+    for bad_x, bad_ids, bad_gates, match in wrong:
+        with pytest.raises(KernelError, match=match):
+            kernels.Mixture(layout, table, 0)(pool, bad_x, bad_ids, bad_gates)
     with pytest.raises(KernelError, match="level"):
         kernels.Mixture(layout, table, 5)

@@ -346,7 +346,7 @@ def test_it_offers_what_the_native_module_does(numba_only: None) -> None:
     segments, _ = random_record(layout, np.random.default_rng(0))
     matrix = NestedMatrix.of(layout, segments).native
     made = {"Pool": kernels.new_pool(1), "Matrix": matrix}
-    fused = {"Layer", "layer_scratch", "mixture", "mixture_scratch"}
+    fused = {"Batch", "KV", "Layer", "layer_scratch", "Mixture", "mixture_scratch"}
     assert not kernels.fused() and not fused & set(numba_backend.__all__)
     made |= {"Reader": numba_backend.Reader}
     stub = ast.parse((Path(edgemoe.__file__).parent / "_native.pyi").read_text())

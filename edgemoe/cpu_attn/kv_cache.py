@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -23,6 +23,10 @@ def cache_bytes(config: ModelConfig, capacity: int, kv_type: str) -> int:
     return layout_of(config, capacity, kv_type).nbytes(config.num_hidden_layers)
 
 
+ROPE_BLOCK = 64
+"""Positions whose angles are computed at once where they come one by one."""
+
+
 class AttentionState(ABC):
     """What attention knows of one sequence; `length` counts the tokens already part of it."""
 
@@ -38,7 +42,11 @@ class AttentionState(ABC):
 
     @abstractmethod
     def place(self, layer: int, n: int) -> kernels.KVPlace:
-        """Where a layer's keys and values lie, with room for n tokens after the first `length`."""
+        """Where a layer's keys and values lie, with room for n tokens after the first `length`.
+
+        Raises:
+            UsageError: the tokens do not fit.
+        """
 
     def attend(self, pool: kernels.Pool, layer: int, q: F32, k: F32, v: F32) -> F32:
         """Attend from the tokens that follow `length`, whose keys and values are k and v.
@@ -49,10 +57,10 @@ class AttentionState(ABC):
         Raises:
             UsageError: the tokens do not fit.
         """
-        layout, data, start = self.place(layer, len(q))
-        kernels.kv_write(pool, layout, data, k, v, start)
+        at, start = self.place(layer, len(q)), self.length
+        kernels.kv_write(pool, at.layout, at.data, k, v, start)
         window = self._windows[layer]
-        return kernels.attention(pool, q, layout, data, start, self._scale, window)
+        return kernels.attention(pool, q, at.layout, at.data, start, self._scale, window)
 
     def advance(self, n: int) -> None:
         """The n tokens just attended from are now part of the sequence."""
@@ -67,7 +75,7 @@ class OnePass(AttentionState):
         if self.length:
             raise UsageError("a one-pass sequence cannot be continued: use a KVCache")
         layout = layout_of(self._config, n, "f32")
-        return kernels.KVPlace(layout, layout.allocate(1)[0], 0)
+        return kernels.KVPlace(layout, layout.allocate(1)[0])
 
 
 class KVCache(AttentionState):
@@ -82,9 +90,9 @@ class KVCache(AttentionState):
 
     def __init__(self, config: ModelConfig, capacity: int, kv_type: str = "f16") -> None:
         super().__init__(config)
-        self._layout = layout_of(config, capacity, kv_type)
-        self._data = self._layout.allocate(config.num_hidden_layers)
-        self._layers = list(self._data)
+        layout = layout_of(config, capacity, kv_type)
+        self._data = layout.allocate(config.num_hidden_layers)
+        self._places = [kernels.KVPlace(layout, data) for data in self._data]
         self.capacity = capacity
 
     def place(self, layer: int, n: int) -> kernels.KVPlace:
@@ -98,7 +106,7 @@ class KVCache(AttentionState):
                 f"{self.length} tokens and {n} more exceed the context of {self.capacity}: "
                 "give a larger --ctx-size"
             )
-        return kernels.KVPlace(self._layout, self._layers[layer], self.length)
+        return self._places[layer]
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens.
@@ -117,7 +125,22 @@ def rope_tables(config: ModelConfig, positions: np.ndarray) -> tuple[F32, F32]:
     Frequencies and angles are rounded to float32 as in the models' training code, so that long
     contexts turn by the same angles there and here.
     """
-    frequency = _frequencies(config.head_dim, config.rope_theta)
+    head = config.head_dim, config.rope_theta
+    if len(positions) == 1:
+        block, row = divmod(int(positions[0]), ROPE_BLOCK)
+        cos, sin = _rope_block(*head, block)
+        return cos[row : row + 1], sin[row : row + 1]
+    return _rope(*head, positions)
+
+
+@lru_cache(maxsize=8)
+def _rope_block(head_dim: int, theta: float, block: int) -> tuple[F32, F32]:
+    """The tables of ROPE_BLOCK positions, of which decoding takes one after the other."""
+    return _rope(head_dim, theta, np.arange(block * ROPE_BLOCK, (block + 1) * ROPE_BLOCK))
+
+
+def _rope(head_dim: int, theta: float, positions: np.ndarray) -> tuple[F32, F32]:
+    frequency = _frequencies(head_dim, theta)
     angle = (positions.astype(np.float32)[:, None] * frequency).astype(np.float64)
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 

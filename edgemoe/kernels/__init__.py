@@ -26,7 +26,7 @@ from .dispatch import (
     set_isa,
 )
 from .floats import gated_add, rmsnorm, rope, route, silu_mul
-from .layer import DecoderLayer, Routed
+from .layer import Batch, DecoderLayer, Routed
 from .peak import int8_peak
 from .products import (
     MAX_GROUP_SIZE,
@@ -45,6 +45,7 @@ __all__ = [
     "GGML_BLOCKS",
     "MAX_GROUP_SIZE",
     "MAX_THREADS",
+    "Batch",
     "DecoderLayer",
     "KVPlace",
     "Mixture",

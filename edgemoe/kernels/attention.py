@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from ..errors import KernelError
@@ -13,20 +11,22 @@ from . import dispatch
 from .dispatch import Pool, check
 
 
-class KVPlace(NamedTuple):
-    """Where a sequence's keys and values of one layer lie, and how many positions are filled.
+class KVPlace:
+    """Where a sequence's keys and values of one layer lie, made once and used for every step.
 
-    data: uint8 [kv_heads, blocks, block bytes] as `layout` says; start: the next position.
+    data: uint8 [kv_heads, blocks, block bytes] as `layout` says. Where the backend runs layers in
+    one call (dispatch.fused), `native` is the same for them.
+
+    Raises:
+        KernelError: an array of another shape or dtype.
     """
 
-    layout: KVLayout
-    data: U8
-    start: int
-
-
-def check_place(place: KVPlace, n: int) -> None:
-    """Raise KernelError unless n more positions can be stored at `place`."""
-    _check_kv(place.layout, place.data, place.start, n)
+    def __init__(self, layout: KVLayout, data: U8) -> None:
+        check("data", data, np.uint8, *layout.shape)
+        self.layout, self.data = layout, data
+        if dispatch.fused():
+            size = layout.head_dim, layout.capacity
+            self.native = dispatch.native.KV(data, layout.kind, *size)
 
 
 def _check_kv(layout: KVLayout, data: U8, start: int, n: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import KernelError
 from ..types import F32, I32, ModelConfig
 from . import dispatch
-from .attention import KVPlace, check_place
+from .attention import KVPlace
 from .dispatch import Pool, check
 from .products import NestedMatrix
 
@@ -31,7 +31,45 @@ class Routed(NamedTuple):
 
 
 _NONE = np.empty((0, 0), np.float32)
-_NO_IDS = np.empty((0, 0), np.int32)
+
+
+class Batch:
+    """n tokens on their way through a model's layers: what DecoderLayer reads and writes, all of it
+    made, checked and handed to the backend once, not in each layer.
+
+    x: float32 [n, hidden], the residual stream. cos, sin: float32 [n, head_dim / 2]. rows: of each
+    sequence its next position and how many of the n rows are its own.
+
+    Raises:
+        KernelError: arrays that do not fit, or rows that do not add up to n.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        x: F32,
+        cos: F32,
+        sin: F32,
+        rows: Sequence[tuple[int, int]],
+    ) -> None:
+        n, slots, half = len(x), config.num_experts_per_tok, config.head_dim // 2
+        check("x", x, np.float32, None, config.hidden_size)
+        check("cos", cos, np.float32, n, half)
+        check("sin", sin, np.float32, n, half)
+        if not rows or any(start < 0 or count < 1 for start, count in rows):
+            raise KernelError("rows: expected positions of at least 0, and a token or more at each")
+        if sum(count for _, count in rows) != n:
+            raise KernelError(f"rows: expected {n} in all")
+        self.x = x
+        self.h = np.empty_like(x)
+        self.ids = np.empty((n, slots), np.int32)
+        self.gates = np.empty((n, slots), np.float32)
+        self.mlp = self.mlp_gate = _NONE
+        if config.dense_layers or config.shared_expert_intermediate_size:
+            self.mlp = np.empty_like(x)
+            self.mlp_gate = np.empty((n, 1), np.float32)
+        out = self.h, self.ids, self.gates, self.mlp, self.mlp_gate
+        self.native = dispatch.native.Batch(x, cos, sin, *out, rows)
 
 
 class DecoderLayer:
@@ -52,8 +90,6 @@ class DecoderLayer:
         floats: Mapping[str, F32],
         matrices: Mapping[str, NestedMatrix],
     ) -> None:
-        self._hidden, self._d = config.hidden_size, config.head_dim
-        self._kv_heads, self._slots = config.num_key_value_heads, config.num_experts_per_tok
         self._routes, self._gated = "router" in floats, "shared_router" in floats
         self._mlp = "gate" in matrices
         self._matrices = dict(matrices)  # native points into the memory that they keep
@@ -76,52 +112,33 @@ class DecoderLayer:
         )
 
     def __call__(
-        self,
-        pool: Pool,
-        x: F32,
-        add: F32 | None,
-        cos: F32,
-        sin: F32,
-        places: Sequence[tuple[KVPlace, int]],
+        self, pool: Pool, batch: Batch, add: F32 | None, places: Sequence[KVPlace]
     ) -> Routed:
-        """Run the layer up to its experts, in place on x, to which `add` is added first.
+        """Run the layer up to its experts, in place on batch.x, to which `add` is added first.
 
-        x, add: float32 [n, hidden]; cos, sin: float32 [n, head_dim / 2]; places: where the keys and
-        values of each sequence of the batch lie and how many rows are its own, n in all.
+        add: float32 [n, hidden] or None; places: where the keys and values of each sequence of the
+        batch lie. Returns arrays of the batch, which the next layer overwrites.
+
+        Raises:
+            KernelError: a batch or places of another model, or no room for the batch's rows.
         """
-        n, half = len(x), self._d // 2
-        check("x", x, np.float32, None, self._hidden)
-        if add is not None and add.shape != x.shape:
-            raise KernelError(f"add: expected shape {x.shape}, got {add.shape}")
-        if cos.shape != (n, half) or sin.shape != (n, half):
-            raise KernelError(f"cos, sin: expected shape {(n, half)}, got {cos.shape}, {sin.shape}")
-        spans, rows = [], 0
-        for place, count in places:
-            layout = place.layout
-            if (layout.kv_heads, layout.head_dim) != (self._kv_heads, self._d):
-                raise KernelError("the keys and values of another model's layer")
-            check_place(place, count)
-            spans.append((place.data, layout.kind, place.start, count))
-            rows += count
-        if rows != n:
-            raise KernelError(f"places: expected {n} rows in all")
-        h = np.empty_like(x)
-        ids, gates, mlp, mlp_gate = _NO_IDS, _NONE, _NONE, _NONE
-        if self._routes:
-            ids = np.empty((n, self._slots), np.int32)
-            gates = np.empty((n, self._slots), np.float32)
-        if self._mlp:
-            mlp = np.empty_like(x)
-        if self._gated:
-            mlp_gate = np.empty((n, 1), np.float32)
-        add = _NONE if add is None else add
-        self._native.run(pool, x, add, cos, sin, spans, h, ids, gates, mlp, mlp_gate)
+        try:
+            done = self._native.run(pool, batch.native, add, [p.native for p in places])
+        except TypeError:  # of `add`, as everything else was checked when it was made
+            done = False
+        if not done:
+            if add is not None:
+                check("add", add, np.float32, *batch.x.shape)
+            raise KernelError(
+                "a batch or places that do not fit this layer: expected a batch of this model, and "
+                "for each of its sequences a place of this model with room for its rows"
+            )
         return Routed(
-            h,
-            ids if self._routes else None,
-            gates if self._routes else None,
-            mlp if self._mlp else None,
-            mlp_gate if self._gated else None,
+            batch.h,
+            batch.ids if self._routes else None,
+            batch.gates if self._routes else None,
+            batch.mlp if self._mlp else None,
+            batch.mlp_gate if self._gated else None,
         )
 
 

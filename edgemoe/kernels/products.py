@@ -110,8 +110,9 @@ def linear_f32(pool: Pool, x: F32, w: F32) -> F32:
 def decode_rows(matrix: NestedMatrix, ids: I64) -> F32:
     """Rows `ids` (int64 [n]) of a nested matrix, decoded -> float32 [n, cols]."""
     check("ids", ids, np.int64, None)
-    if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < matrix.layout.rows):
-        raise KernelError(f"ids: expected values in [0, {matrix.layout.rows})")
+    rows = matrix.layout.rows
+    if not all(0 <= i < rows for i in ids.tolist()):
+        raise KernelError(f"ids: expected values in [0, {rows})")
     out = np.empty((ids.shape[0], matrix.layout.cols), np.float32)
     dispatch.native.decode_rows(matrix.native, ids, out)
     return out
@@ -205,9 +206,10 @@ class Mixture:
         check("segments", segments, np.uint64, None, layout.depth)
         if not 0 <= level < layout.depth:
             raise KernelError(f"level: expected an index in [0, {layout.depth}), got {level}")
-        self._hidden = layout.matrices[0].cols
-        self._record = (segments, layout.part_offsets, level)
-        self._shape = (layout.matrices[0].rows, _ahead_columns(layout), _group_units(layout))
+        gate, self._experts = layout.matrices[0], len(segments)
+        shape = gate.cols, gate.rows, _ahead_columns(layout), _group_units(layout)
+        self._hidden = gate.cols
+        self._native = dispatch.native.Mixture(segments, layout.part_offsets, level, *shape)
 
     def __call__(self, pool: Pool, x: F32, ids: I32, weights: F32) -> F32:
         """Sum over slots of weight * expert(x).
@@ -217,14 +219,18 @@ class Mixture:
         Raises:
             KernelError: arrays that do not fit, or an id of no expert or one without an address.
         """
-        check("x", x, np.float32, None, self._hidden)
-        check("ids", ids, np.int32, len(x), None)
-        check("weights", weights, np.float32, *ids.shape)
         y = np.empty_like(x)
-        if not dispatch.native.mixture(pool, x, *self._record, ids, weights, *self._shape, y):
+        try:
+            done = self._native.run(pool, x, ids, weights, y)
+        except TypeError:  # arrays of another dtype or number of axes
+            done = False
+        if not done:  # only now is it worth the time to find out why
+            check("x", x, np.float32, None, self._hidden)
+            check("ids", ids, np.int32, len(x), None)
+            check("weights", weights, np.float32, *ids.shape)
             raise KernelError(
-                f"ids: expected rows of the {len(self._record[0])} experts, with an address for "
-                "each of their segments"
+                f"ids: expected rows of the {self._experts} experts, with an address for each of "
+                "their segments"
             )
         return y
 
