@@ -129,9 +129,10 @@ def resolve_ceiling(mem: str | int | None) -> int:
     return ceiling if group is None else min(ceiling, group[0])
 
 
-def _status(*keys: str) -> int:
+def status_bytes(pid: int | str, *keys: str) -> int:
+    """Sum of lines of /proc/PID/status, such as VmRSS, in bytes; OSError if it cannot be read."""
     total = 0
-    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
         for line in status:
             key, _, value = line.partition(":")
             if key in keys:
@@ -142,7 +143,7 @@ def _status(*keys: str) -> int:
 def rss_bytes() -> int:
     """Resident memory of this process now, page tables included."""
     if os.path.exists("/proc/self/status"):
-        return _status("VmRSS", "VmPTE")
+        return status_bytes("self", "VmRSS", "VmPTE")
     return int(psutil.Process().memory_info().rss)
 
 
@@ -156,6 +157,6 @@ def release_heap() -> None:
 def peak_rss_bytes() -> int:
     """Highest resident memory of this process so far (VmHWM), page tables included."""
     if os.path.exists("/proc/self/status"):
-        return _status("VmHWM", "VmPTE")
+        return status_bytes("self", "VmHWM", "VmPTE")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak) if os.uname().sysname == "Darwin" else int(peak) * 1024
