@@ -1,0 +1,230 @@
+"""Which segments of which experts are in memory, under a budget that holds to the byte.
+
+Pure bookkeeping: no disk, no memory, no thread of its own; not safe for threads. Of each expert
+some first segments are *claimed*: there, or on their way. Claimed bytes never exceed the budget, so
+what is evicted has to be let go of before what is loaded is asked for. Raising an expert loads only
+the missing segments, lowering one drops its top segments first.
+
+For each layer step the engine calls `observe` once with all that the layer wants, then `acquire`
+with all of it, or with one part after another where it does not fit at once, `land` as reads end,
+and `release` when a part has been computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from ..errors import MemoryBudgetError, UsageError, shown
+from ..types import F32, F64, I32
+
+
+class Want(NamedTuple):
+    """An expert of the layer at hand and how many of its segments are needed: level index + 1."""
+
+    expert: int
+    depth: int
+
+
+class Segment(NamedTuple):
+    """One of an expert's segments, 0 the lowest; layers count those with experts."""
+
+    layer: int
+    expert: int
+    level: int
+
+
+class Lease(NamedTuple):
+    """What `acquire` granted: wants stay in memory until `release`.
+
+    evict: gone from the books, top segments before lower ones. load: to be read now, each expert's
+    ascending. wanted_bytes, load_bytes: of all wants, and of those to be read.
+    """
+
+    layer: int
+    wants: tuple[Want, ...]
+    evict: tuple[Segment, ...]
+    load: tuple[Segment, ...]
+    wanted_bytes: int
+    load_bytes: int
+
+
+class Policy(Protocol):
+    """What goes first. Experts are counted through all layers: layer * experts + expert."""
+
+    whole: bool
+    """Whether an expert goes as a whole and not one segment after another."""
+
+    def observe(self, layer: int, wants: Sequence[Want]) -> None:
+        """A layer step begins that wants this."""
+
+    def claim(self, at: int, depth: int) -> None:
+        """Expert `at` now has `depth` segments."""
+
+    def drop(self, layer: int) -> F32 | F64:
+        """During a step of `layer`: what the top segment of each expert is rated.
+
+        [layers * experts], the highest goes first, -inf where there is none; the caller's to
+        change.
+        """
+
+    def drop_one(self, layer: int, at: int, depth: int) -> float:
+        """The same of expert `at` if it had `depth` segments."""
+
+
+class Residency:
+    """The books of the arena.
+
+    Args:
+        sizes: int [layers, levels], bytes that each segment of the layer's experts takes.
+        experts: in each layer.
+        budget: bytes that claimed segments may take.
+        policy: what to evict.
+
+    Raises:
+        UsageError: a budget that is not positive.
+    """
+
+    def __init__(
+        self, sizes: Sequence[Sequence[int]], experts: int, budget: int, policy: Policy
+    ) -> None:
+        if budget < 1:
+            raise UsageError(f"a cache of {budget} bytes holds nothing; give it more")
+        self._sizes = [list(map(int, row)) for row in sizes]
+        self._prefix = [[0, *np.cumsum(row, dtype=np.int64).tolist()] for row in self._sizes]
+        self._experts = experts
+        self._policy = policy
+        self.budget = budget
+        self._claimed = [0] * (len(self._sizes) * experts)
+        self._floor = [0] * len(self._claimed)  # segments that leases hold
+        self._leases: dict[int, list[int]] = {}  # depths that leases hold, by expert
+        self._flying: dict[int, set[int]] = {}  # segments being read, by expert
+        self._used = self._held = 0
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all claimed segments; at most the budget."""
+        return self._used
+
+    def claimed(self, layer: int) -> I32:
+        """Segments of each expert of a layer that are there or on their way: int32 [experts]."""
+        begin = layer * self._experts
+        return np.array(self._claimed[begin : begin + self._experts], np.int32)
+
+    def ready(self, layer: int, expert: int) -> int:
+        """How many first segments of an expert have landed."""
+        at = layer * self._experts + expert
+        flying = self._flying.get(at)
+        return min(flying) if flying else self._claimed[at]
+
+    def observe(self, layer: int, wants: Sequence[Want]) -> None:
+        """Tell the policy what a layer step wants, each expert once."""
+        self._policy.observe(layer, wants)
+
+    def acquire(self, layer: int, wants: Sequence[Want]) -> Lease | None:
+        """Claim what is missing of these experts and evict what has to go for it.
+
+        wants: each expert once. Returns None, with nothing changed, if it does not fit beside what
+        other leases hold: release one and try again.
+
+        Raises:
+            MemoryBudgetError: it would not fit in an arena that holds nothing else.
+            UsageError: an expert is there twice.
+        """
+        prefix, begin = self._prefix[layer], layer * self._experts
+        wanted = more = load_bytes = 0
+        for expert, depth in wants:
+            has, floor = self._claimed[begin + expert], self._floor[begin + expert]
+            wanted += prefix[depth]
+            if depth > floor:
+                more += prefix[depth] - prefix[floor]
+            if depth > has:
+                load_bytes += prefix[depth] - prefix[has]
+        if len({w.expert for w in wants}) < len(wants):
+            raise UsageError(f"layer {layer}: an expert is wanted twice in {shown(wants)}")
+        if wanted > self.budget:
+            raise MemoryBudgetError(
+                f"layer {layer} needs {wanted} bytes of experts at once and the cache has "
+                f"{self.budget}; give it more memory, fewer bits or a smaller batch",
+                needed_bytes=wanted,
+                budget_bytes=self.budget,
+            )
+        if self._held + more > self.budget:
+            return None
+        self._held += more
+        for expert, depth in wants:
+            at = begin + expert
+            self._leases.setdefault(at, []).append(depth)
+            self._floor[at] = max(self._floor[at], depth)
+        evict: list[Segment] = []
+        if self._used + load_bytes > self.budget:
+            evict = self._make_room(layer, self.budget - load_bytes)
+        load: list[Segment] = []
+        for expert, depth in wants:
+            at = begin + expert
+            has = self._claimed[at]
+            if depth > has:
+                self._claimed[at] = depth
+                self._policy.claim(at, depth)
+                self._flying.setdefault(at, set()).update(range(has, depth))
+                load += [Segment(layer, expert, i) for i in range(has, depth)]
+        self._used += load_bytes
+        return Lease(layer, tuple(wants), tuple(evict), tuple(load), wanted, load_bytes)
+
+    def _make_room(self, layer: int, target: int) -> list[Segment]:
+        """Evict until `target` bytes are used; what leases hold, which is less, is passed over."""
+        policy = self._policy
+        rating = policy.drop(layer)
+        out = []
+        while self._used > target:
+            at = int(rating.argmax())
+            owner, expert = divmod(at, self._experts)
+            has, floor = self._claimed[at], self._floor[at]
+            rated = later = policy.drop_one(layer, at, has)
+            while has > floor and (policy.whole or (later >= rated and self._used > target)):
+                has -= 1
+                out.append(Segment(owner, expert, has))
+                self._used -= self._sizes[owner][has]
+                later = policy.drop_one(layer, at, has)
+            self._claimed[at] = has
+            policy.claim(at, has)
+            rating[at] = later if has > floor else -np.inf
+        return out
+
+    def land(self, segment: Segment) -> None:
+        """A segment that `acquire` asked for is there.
+
+        Raises:
+            UsageError: it is not on its way.
+        """
+        at = segment.layer * self._experts + segment.expert
+        flying = self._flying.get(at, set())
+        if segment.level not in flying:
+            raise UsageError(f"{segment} is not being read")
+        flying.remove(segment.level)
+        if not flying:
+            del self._flying[at]
+
+    def release(self, lease: Lease) -> None:
+        """What a lease holds may be evicted again. Each lease once, when all of it has landed.
+
+        Raises:
+            UsageError: a segment of it is still on its way, or the lease is not held.
+        """
+        prefix = self._prefix[lease.layer]
+        places = [lease.layer * self._experts + w.expert for w in lease.wants]
+        for at, want in zip(places, lease.wants, strict=True):
+            if want.depth not in self._leases.get(at, ()):
+                raise UsageError(f"the lease on {want} of layer {lease.layer} is not held")
+            if any(i < want.depth for i in self._flying.get(at, ())):
+                raise UsageError(f"{want} of layer {lease.layer} is still being read")
+        for at, want in zip(places, lease.wants, strict=True):
+            depths = self._leases[at]
+            depths.remove(want.depth)
+            if not depths:
+                del self._leases[at]
+            floor = max(depths, default=0)
+            self._held -= prefix[self._floor[at]] - prefix[floor]
+            self._floor[at] = floor
