@@ -118,10 +118,11 @@ def hidden(
     x = weights.embed(tokens)
     if cfg.embedding_multiplier != 1.0:
         x *= cfg.embedding_multiplier
-    batch = kernels.Batch(cfg, x, cos, sin, rows) if kernels.fused() else None
+    fused = watch is None and any(layer.fused is not None for layer in weights.layers)
+    batch = kernels.Batch(cfg, x, cos, sin, rows) if fused else None
     y: F32 | None = None
     for i, layer in enumerate(weights.layers):
-        if layer.fused is not None and batch is not None and watch is None:
+        if layer.fused is not None and batch is not None:
             part = layer.fused(pool, batch, y, [s.cache.place(i, s.count) for s in spans])
         else:
             part = dense_part(cfg, pool, layer, i, x, y, cos, sin, spans, watch)
