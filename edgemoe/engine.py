@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from . import kernels
 from .chat import ChatTemplate
+from .closing import Closing
 from .cpu_attn.kv_cache import KVCache, cache_bytes
 from .errors import CheckpointError, KernelError, StoreError, UsageError, shown
 from .generation import Generation
@@ -241,7 +241,7 @@ class Completion(str):
         return out
 
 
-class Model:
+class Model(Closing):
     """A loaded model. Close it, or use it in a `with`, to give its memory back.
 
     Attributes:
@@ -267,17 +267,6 @@ class Model:
         resident = ResidentExperts(opened.store, arena, level, progress)
         self._experts: SerialExperts | None = SerialExperts(self._pool, resident)
         self._busy = False
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give the weights' memory back and close the store; twice is fine."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 
+from .closing import Closing
 from .sampling import REPEAT_WINDOW, Sampler, SamplingParams
 from .tokenizer import Tokenizer
 from .types import F32, Stats
@@ -66,7 +66,7 @@ class StopMatcher:
         return 0
 
 
-class Generation:
+class Generation(Closing):
     """An iterator of text pieces; `stats` tells, at any time, what has happened so far.
 
     Close it (or leave its `with`) to end early; what was generated stays readable.
@@ -115,17 +115,6 @@ class Generation:
 
     def __next__(self) -> str:
         return next(self._pieces)
-
-    def __enter__(self) -> Generation:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the generation; twice is fine."""

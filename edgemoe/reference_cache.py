@@ -21,6 +21,7 @@ from types import TracebackType
 import numpy as np
 
 from .checkpoint import Checkpoint
+from .closing import Closing
 from .errors import OutputError, StoreError, shown
 from .evaluate import ReferenceRows, Window
 from .kernels import crc32c
@@ -57,7 +58,7 @@ def row_type(vocab: int, kept: int) -> np.dtype[np.void]:
     return np.dtype([("ids", ids, (k,)), ("logp", "<f2", (k,)), ("rest", "<f8"), ("true", "<f4")])
 
 
-class ReferenceFile:
+class ReferenceFile(Closing):
     """The rows of a file, read from disk as they are asked for. Close it, or use it in a `with`."""
 
     def __init__(self, path: Path, fd: int, row: np.dtype[np.void], counts: Sequence[int]) -> None:
@@ -104,17 +105,6 @@ class ReferenceFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> ReferenceFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class ReferenceWriter:

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from ..closing import Closing
 from ..cpus import BLAS_THREADS
 from ..errors import EdgeMoEError, UsageError, shown
 from ..types import I64
@@ -23,7 +23,7 @@ PYTHON = "EDGEMOE_LLAMA_PYTHON"
 _CHILD = Path(__file__).with_name("llamacpp_child.py")
 
 
-class LlamaCpp:
+class LlamaCpp(Closing):
     """A GGUF loaded by llama.cpp in a process of its own; close it, or use it in a `with`.
 
     Between rounds it waits for a line on its stdin, so it is idle. Ctrl-C reaches it only through
@@ -87,17 +87,6 @@ class LlamaCpp:
             self.close()
             raise
         self.vocab_size, self.version = int(loaded["vocab"]), str(loaded["version"])
-
-    def __enter__(self) -> LlamaCpp:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def pid(self) -> int:

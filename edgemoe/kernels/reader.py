@@ -7,11 +7,11 @@ pool of threads elsewhere. Both deliver the same bytes.
 from __future__ import annotations
 
 import os
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..closing import Closing
 from ..errors import KernelError, UsageError
 from ..types import U8, U64
 from . import dispatch
@@ -42,7 +42,7 @@ class Landed(NamedTuple):
     at: int
 
 
-class Reader:
+class Reader(Closing):
     """A queue of reads of one file.
 
     Reads start in order of priority (lower first), then of submission; they may end in any order.
@@ -181,17 +181,6 @@ class Reader:
     def close(self) -> None:
         """Forget what waits, wait for what is in flight, let memory go; twice is fine."""
         self._native.close()
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _require(self, code: int, tag: int) -> None:
         if code == _CLOSED:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..closing import Closing
 from ..errors import StoreError, shown
 from ..kernels import reader
 from ..kernels.reader import Landed, Reader
@@ -30,7 +30,7 @@ class Read(NamedTuple):
     tag: int
 
 
-class ReadQueue:
+class ReadQueue(Closing):
     """Reads of one store. `Reader` says in which order they go and what may be called when.
 
     Args:
@@ -152,14 +152,3 @@ class ReadQueue:
         self._reader.close()
         with self._lock:
             self._refs.clear()
-
-    def __enter__(self) -> ReadQueue:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -6,12 +6,12 @@ import bisect
 import os
 import stat
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..closing import Closing
 from ..errors import ChecksumError, StoreError, UsageError, shown
 from ..kernels import crc32c
 from ..layout import RecordLayout
@@ -29,7 +29,7 @@ from .header import (
 from .parse import load_header, read_bytes
 
 
-class Store:
+class Store(Closing):
     """An open store. Reads are positional, so threads may share one.
 
     Attributes:
@@ -87,17 +87,6 @@ class Store:
         except BaseException:
             os.close(fd)
             raise
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file; twice is fine."""
