@@ -83,6 +83,16 @@ class Mixture:
         group_units: int,
     ) -> None: ...
     def run(self, pool: Pool, x: F32, ids: I32, weights: F32, y: F32) -> bool: ...
+    def part(
+        self,
+        pool: Pool,
+        x: F32,
+        ids: I32,
+        chosen: Sequence[int],
+        done: int,
+        position: I32,
+        pair_out: F32,
+    ) -> int: ...
 
 def isa_names() -> list[str]: ...
 def isa() -> str: ...

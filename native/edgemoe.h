@@ -30,7 +30,7 @@ enum { EM_KV_BLOCK = 64, EM_KV_PANEL = 16, EM_KV_SPLIT = 256 };
 
 enum { EM_PEAK_PRODUCTS = 512 }; /* of a round of em_isa.peak */
 
-enum em_status { EM_OK = 0, EM_NO_MEMORY = -1, EM_BAD_WEIGHTS = -2, EM_NO_SUCH_EXPERT = -3 };
+enum em_status { EM_OK = 0, EM_NO_MEMORY = -1, EM_BAD_WEIGHTS = -2, EM_NO_SUCH_EXPERT = -3, EM_TWICE = -4 };
 
 /* A [rows, cols] matrix read at levels[level]: the plane of each step up to it, the shifts of the last,
  * and the exponents and steps of the first. */
@@ -202,11 +202,24 @@ int em_experts(em_pool *p, const float *x, int n, const em_job *jobs, int job_co
 /* y [n, hidden] = sum over slots ascending of weights [n, k] * pair_out[position [n, k]]. */
 void em_combine(em_pool *p, const float *pair_out, const int32_t *position, const float *weights, int n,
                 int k, int hidden, float *y);
+/* The experts of a layer, all read at `level`: addresses of their segments [experts, depth], 0 where absent.
+ */
+typedef struct {
+    em_record record;
+    const uint64_t *segments;
+    int experts, depth, level;
+} em_mixture_of;
+
 /* y [n, hidden] = sum over slots of weights [n, k] * expert(x): em_experts, experts ascending, then
- * em_combine. Expert ids [n, k] are rows of segments [experts, depth], their addresses, all read at `level`.
- * EM_NO_SUCH_EXPERT: there is no such row, or an address that is needed is 0. */
-int em_mixture(em_pool *p, const em_record *r, const uint64_t *segments, int experts, int depth, int level,
-               const float *x, int n, int k, const int32_t *ids, const float *weights, float *y);
+ * em_combine. EM_NO_SUCH_EXPERT: an id [n, k] of no expert, or an address that is needed is 0. */
+int em_mixture(em_pool *p, const em_mixture_of *of, const float *x, int n, int k, const int32_t *ids,
+               const float *weights, float *y);
+/* The pairs of some experts, those `chosen`: their rows go to pair_out [n * k, hidden] from row `done` on,
+ * and position [n, k] tells for each of them which; other pairs are left as they are. The number of pairs, or
+ * a status; EM_TWICE: with `done` they are more than n * k. Called for all experts in any parts, em_combine
+ * then gives the bits of em_mixture. */
+int em_mixture_part(em_pool *p, const em_mixture_of *of, const float *x, int n, int k, const int32_t *ids,
+                    const int32_t *chosen, int chosen_count, int done, int32_t *position, float *pair_out);
 /* Keys and values of a sequence in one layer: data [heads, blocks, em_kv_block_bytes]. A block holds the
  * positions from a multiple of 64 on: keys [4, d, 16] (panels of 16 positions), values
  * [ceil(d / 16), 64, 16] (panels of 16 columns, zeros beyond d), then, of int8, float32 scales of the

@@ -41,69 +41,105 @@ typedef struct {
     float *pair_out;
 } mixture;
 
-static size_t carve(mixture *m, em_carver *c, int n, int k, int experts, int hidden) {
+/* What every call needs: in one call for all experts `whole`, the sums too. */
+static size_t carve(mixture *m, em_carver *c, int n, int k, int experts, int hidden, int whole) {
     const size_t pairs = (size_t)n * (size_t)k, few = (size_t)experts < pairs ? (size_t)experts : pairs;
     m->jobs = em_carve(c, few * sizeof *m->jobs);
     m->count = em_carve(c, (size_t)experts * sizeof *m->count);
     m->pair_token = em_carve(c, pairs * sizeof *m->pair_token);
-    m->position = em_carve(c, pairs * sizeof *m->position);
-    m->pair_out = em_carve(c, pairs * (size_t)hidden * sizeof *m->pair_out);
+    if (whole) {
+        m->position = em_carve(c, pairs * sizeof *m->position);
+        m->pair_out = em_carve(c, pairs * (size_t)hidden * sizeof *m->pair_out);
+    }
     return c->used;
 }
 
 size_t em_mixture_scratch(int threads, int n, int k, int experts, int hidden, int intermediate, int ahead,
                           int group_units) {
     mixture m;
-    return carve(&m, &(em_carver){0}, n, k, experts, hidden) +
+    return carve(&m, &(em_carver){0}, n, k, experts, hidden, 1) +
            em_padded(em_experts_scratch(threads, n, n * k, hidden, intermediate, ahead, group_units));
 }
 
-/* The jobs of all pairs and where each pair is put; their number, or a status. */
-static int group(mixture *m, const em_record *r, const uint64_t *segments, int experts, int depth, int level,
-                 int n, int k, const int32_t *ids) {
-    const int pairs = n * k;
+/* The jobs of all pairs whose expert has a count of 0, not less, and where each pair is put, from `first` on;
+ * the number of jobs, or a status. */
+static int group(mixture *m, const em_mixture_of *of, const int32_t *ids, int pairs, int k, int first) {
     int jobs = 0;
-    for (int e = 0; e < experts; e++) m->count[e] = 0;
     for (int i = 0; i < pairs; i++) {
-        if (ids[i] < 0 || ids[i] >= experts) return EM_NO_SUCH_EXPERT;
-        m->count[ids[i]]++;
+        if (ids[i] < 0 || ids[i] >= of->experts) return EM_NO_SUCH_EXPERT;
+        if (m->count[ids[i]] >= 0) m->count[ids[i]]++;
     }
     /* Experts ascending: tasks are small, so an order by their pairs would not balance threads better. */
-    int first = 0;
-    for (int e = 0; e < experts; e++) {
-        if (!m->count[e]) continue;
-        const uint64_t *address = segments + (size_t)e * (size_t)depth;
-        for (int s = 0; s <= level; s++)
+    int at = 0;
+    for (int e = 0; e < of->experts; e++) {
+        if (m->count[e] <= 0) continue;
+        const uint64_t *address = of->segments + (size_t)e * (size_t)of->depth;
+        for (int s = 0; s <= of->level; s++)
             if (!address[s]) return EM_NO_SUCH_EXPERT;
         em_job *job = &m->jobs[jobs++];
-        *job = em_job_at(r, address, level);
-        job->first = first;
+        *job = em_job_at(&of->record, address, of->level);
+        job->first = at;
         job->count = m->count[e];
-        m->count[e] = first; /* from here on: where its next pair goes */
-        first += job->count;
+        m->count[e] = at; /* from here on: where its next pair goes */
+        at += job->count;
     }
     for (int i = 0; i < pairs; i++) {
-        m->position[i] = m->count[ids[i]]++;
-        m->pair_token[m->position[i]] = i / k;
+        if (m->count[ids[i]] < 0) continue;
+        const int where = m->count[ids[i]]++;
+        m->position[i] = first + where;
+        m->pair_token[where] = i / k;
     }
     return jobs;
 }
 
-int em_mixture(em_pool *p, const em_record *r, const uint64_t *segments, int experts, int depth, int level,
-               const float *x, int n, int k, const int32_t *ids, const float *weights, float *y) {
+/* Scratch for the call, with m carved out of what is held; NULL: there is no memory. */
+static const char *begin(em_pool *p, mixture *m, const em_mixture_of *of, int n, int k, int whole) {
+    const em_record *r = &of->record;
+    em_carver c = {.at = em_pool_scratch(
+                       p, carve(m, &(em_carver){0}, n, k, of->experts, r->hidden, whole) +
+                              em_padded(em_experts_scratch(em_pool_threads(p), n, n * k, r->hidden,
+                                                           r->intermediate, r->ahead, r->group_units)))};
+    if (c.at) em_pool_hold(p, carve(m, &c, n, k, of->experts, r->hidden, whole));
+    return c.at;
+}
+
+int em_mixture(em_pool *p, const em_mixture_of *of, const float *x, int n, int k, const int32_t *ids,
+               const float *weights, float *y) {
     em_pool_lock(p);
-    em_carver c = {.at = em_pool_scratch(p, em_mixture_scratch(em_pool_threads(p), n, k, experts, r->hidden,
-                                                               r->intermediate, r->ahead, r->group_units))};
-    if (!c.at) {
-        em_pool_unlock(p);
-        return EM_NO_MEMORY;
-    }
     mixture m;
-    em_pool_hold(p, carve(&m, &c, n, k, experts, r->hidden));
-    const int jobs = group(&m, r, segments, experts, depth, level, n, k, ids);
-    int status = jobs;
-    if (jobs >= 0) status = em_experts(p, x, n, m.jobs, jobs, m.pair_token, n * k, m.pair_out);
-    if (status == EM_OK) em_combine(p, m.pair_out, m.position, weights, n, k, r->hidden, y);
+    int status = EM_NO_MEMORY;
+    if (begin(p, &m, of, n, k, 1)) {
+        for (int e = 0; e < of->experts; e++) m.count[e] = 0;
+        status = group(&m, of, ids, n * k, k, 0);
+        if (status >= 0) status = em_experts(p, x, n, m.jobs, status, m.pair_token, n * k, m.pair_out);
+        if (status == EM_OK) em_combine(p, m.pair_out, m.position, weights, n, k, of->record.hidden, y);
+    }
+    em_pool_hold(p, 0);
+    em_pool_unlock(p);
+    return status;
+}
+
+int em_mixture_part(em_pool *p, const em_mixture_of *of, const float *x, int n, int k, const int32_t *ids,
+                    const int32_t *chosen, int chosen_count, int done, int32_t *position, float *pair_out) {
+    for (int i = 0; i < chosen_count; i++)
+        if (chosen[i] < 0 || chosen[i] >= of->experts) return EM_NO_SUCH_EXPERT;
+    em_pool_lock(p);
+    mixture m;
+    int status = EM_NO_MEMORY;
+    if (begin(p, &m, of, n, k, 0)) {
+        m.position = position;
+        for (int e = 0; e < of->experts; e++) m.count[e] = -1;
+        for (int i = 0; i < chosen_count; i++) m.count[chosen[i]] = 0;
+        const int jobs = status = group(&m, of, ids, n * k, k, done);
+        if (jobs > 0) {
+            const int pairs = m.jobs[jobs - 1].first + m.jobs[jobs - 1].count;
+            status = EM_TWICE;
+            if (pairs <= n * k - done)
+                status = em_experts(p, x, n, m.jobs, jobs, m.pair_token, pairs,
+                                    pair_out + (size_t)done * (size_t)of->record.hidden);
+            if (status == EM_OK) status = pairs;
+        }
+    }
     em_pool_hold(p, 0);
     em_pool_unlock(p);
     return status;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from edgemoe import kernels
 from edgemoe.cpu_attn.kv_cache import KVCache, OnePass, rope_tables
 from edgemoe.engine import open_model
 from edgemoe.errors import KernelError, UsageError
+from edgemoe.kernels.mixture import part_of
 from edgemoe.kv_layout import KVLayout
-from edgemoe.layout import expert_layout
+from edgemoe.layout import RecordLayout, expert_layout
 from edgemoe.loader.arena import Arena
 from edgemoe.model import Span, dense_part
-from edgemoe.pipeline.serial import mixture
 from edgemoe.types import QuantSpec
 from edgemoe.weights import from_store
 
@@ -135,6 +136,24 @@ def test_places_keep_to_the_context(one: Any) -> None:
         used.place(0, 1)
 
 
+def apart(mixture: kernels.Mixture) -> kernels.Mixture:
+    """The same mixture, which uses no call of the backend's own."""
+    out = copy(mixture)
+    out.native = None
+    return out
+
+
+def mixture(
+    layout: RecordLayout, table: Any, level: int, pool: Any, x: Any, ids: Any, gates: Any
+) -> Any:
+    """kernels.Mixture out of separate kernels."""
+    pair_out = np.empty((ids.size, HIDDEN), np.float32)
+    position = np.empty(ids.shape, np.int32)
+    whole = x, ids, range(len(table)), 0, position, pair_out
+    assert part_of(pool, layout, table, level, *whole) == ids.size
+    return kernels.combine(pool, pair_out, position, gates)
+
+
 @pytest.mark.parametrize("ahead", [0, 32, INNER])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_one_call_is_the_mixture(ahead: int, threads: int) -> None:
@@ -147,7 +166,23 @@ def test_one_call_is_the_mixture(ahead: int, threads: int) -> None:
         gates = rng.random((n, 3)).astype(np.float32)
         ids = np.array([rng.permutation(EXPERTS)[:3] for _ in range(n)], np.int32)
         got = kernels.Mixture(layout, table, level)(pool, x, ids, gates)
-        assert np.array_equal(got, mixture(layout, table, level, pool, x, ids, gates))
+        want = mixture(layout, table, level, pool, x, ids, gates)
+        assert np.array_equal(got, want)
+        whole = kernels.Mixture(layout, table, level)
+        for few in (whole, apart(whole)):
+            parts = kernels.MixtureParts(few, x, ids, gates)
+            last = int(ids[0, 1])
+            rest = [e for e in rng.permutation(EXPERTS).tolist() if e != last]
+            for chosen in (rest[:1], [], rest[1:4], rest[4:]):
+                parts.run(pool, chosen)
+            with pytest.raises(KernelError, match="pairs are not computed"):
+                parts.sum(pool)
+            parts.run(pool, [last])
+            assert np.array_equal(parts.sum(pool), want)
+            with pytest.raises(KernelError, match="one was computed before"):
+                parts.run(pool, range(EXPERTS))
+    with pytest.raises(KernelError, match="pair_out: expected 450 rows"):
+        kernels.MixtureParts(whole, x, ids, gates, np.empty((449, HIDDEN), np.float32))
 
     for bad in (-1, EXPERTS):
         with pytest.raises(KernelError, match="rows of the 11 experts"):

@@ -25,7 +25,6 @@ from edgemoe.loader.arena import Arena
 from edgemoe.loader.queue import Read, ReadQueue
 from edgemoe.loader.rooms import PAGE, room_sizes, table_bytes
 from edgemoe.loader.slots import SegmentSlots, slot_bytes
-from edgemoe.pipeline.serial import mixture
 from edgemoe.store import Store
 
 Key = tuple[int, int, int]
@@ -169,20 +168,17 @@ def test_a_mixture_from_slots_has_the_bits_of_a_resident_one(
                 x = rng.standard_normal((5, store.config.hidden_size), np.float32)
                 ids = chosen[rng.integers(0, 2, (5, 2))].astype(np.int32)
                 work = pool, x, ids, rng.random((5, 2), np.float32)
-                outs = [
-                    mixture(have.layout(layer), have.segments(layer), level, *work)
-                    for have in (whole, slots)
-                ]
-                if kernels.fused():
-                    fused = kernels.Mixture(slots.layout(layer), slots.segments(layer), level)
-                    outs.append(fused(*work))
+                from_slots, resident_one = (
+                    kernels.Mixture(have.layout(layer), have.segments(layer), level)
+                    for have in (slots, whole)
+                )
+                outs = from_slots(*work), resident_one(*work)
                 assert np.abs(outs[0]).max() > 0
                 assert {out.tobytes() for out in outs} == {outs[0].tobytes()}
                 for key in keys:
                     slots.evict(*key)
-                if kernels.fused():
-                    with pytest.raises(KernelError, match="address"):
-                        fused(*work)
+                with pytest.raises(KernelError, match="address"):
+                    from_slots(*work)
             if sizes:
                 assert queue.stats()["bytes_copied"] == 0
         slots.close()

@@ -27,10 +27,10 @@ from .dispatch import (
 )
 from .floats import gated_add, rmsnorm, rope, route, silu_mul
 from .layer import Batch, DecoderLayer, Routed
+from .mixture import Mixture, MixtureParts
 from .peak import int8_peak
 from .products import (
     MAX_GROUP_SIZE,
-    Mixture,
     NestedMatrix,
     accumulate,
     combine,
@@ -49,6 +49,7 @@ __all__ = [
     "DecoderLayer",
     "KVPlace",
     "Mixture",
+    "MixtureParts",
     "NestedMatrix",
     "Pool",
     "Routed",

@@ -30,7 +30,7 @@ MAX_GROUP_SIZE = 256
 """Input columns that may share a scale; the kernels keep a group's codes on the stack."""
 
 
-def _group_units(layout: RecordLayout) -> int:
+def group_units(layout: RecordLayout) -> int:
     quant = layout.quant
     if quant.levels != LEVELS or quant.group_size % UNIT or quant.group_size > MAX_GROUP_SIZE:
         raise KernelError(
@@ -65,7 +65,7 @@ class NestedMatrix:
             mat.ahead,
             mat.rows,
             mat.cols,
-            _group_units(layout),
+            group_units(layout),
         )
         return cls(mat, native, tuple(segments))
 
@@ -163,14 +163,14 @@ def experts(
         first_pair,
         pair_token,
         layout.matrices[0].rows,
-        _ahead_columns(layout),
-        _group_units(layout),
+        ahead_columns(layout),
+        group_units(layout),
         out,
     )
     return out
 
 
-def _ahead_columns(layout: RecordLayout) -> int:
+def ahead_columns(layout: RecordLayout) -> int:
     """Columns of an expert's down that are one level ahead."""
     return sum(m.cols for m in layout.matrices if m.ahead)
 
@@ -191,50 +191,6 @@ def combine(pool: Pool, pair_out: F32, position: I32, weights: F32) -> F32:
     return y
 
 
-class Mixture:
-    """All experts of a layer at one level: `experts` and `combine` in one native call, where the
-    backend has it (dispatch.fused).
-
-    segments: uint64 [experts, levels], the addresses of each expert's segments; all are read at
-    level index `level`. The addresses must stay valid and whole: the caller pins them.
-
-    Raises:
-        KernelError: an array or a level that does not fit.
-    """
-
-    def __init__(self, layout: RecordLayout, segments: U64, level: int) -> None:
-        check("segments", segments, np.uint64, None, layout.depth)
-        if not 0 <= level < layout.depth:
-            raise KernelError(f"level: expected an index in [0, {layout.depth}), got {level}")
-        gate, self._experts = layout.matrices[0], len(segments)
-        shape = gate.cols, gate.rows, _ahead_columns(layout), _group_units(layout)
-        self._hidden = gate.cols
-        self._native = dispatch.native.Mixture(segments, layout.part_offsets, level, *shape)
-
-    def __call__(self, pool: Pool, x: F32, ids: I32, weights: F32) -> F32:
-        """Sum over slots of weight * expert(x).
-
-        x: float32 [n, hidden]; ids int32, weights float32 [n, k]. Returns float32 [n, hidden].
-
-        Raises:
-            KernelError: arrays that do not fit, or an id of no expert or one without an address.
-        """
-        y = np.empty_like(x)
-        try:
-            done = self._native.run(pool, x, ids, weights, y)
-        except TypeError:  # arrays of another dtype or number of axes
-            done = False
-        if not done:  # only now is it worth the time to find out why
-            check("x", x, np.float32, None, self._hidden)
-            check("ids", ids, np.int32, len(x), None)
-            check("weights", weights, np.float32, *ids.shape)
-            raise KernelError(
-                f"ids: expected rows of the {self._experts} experts, with an address for each of "
-                "their segments"
-            )
-        return y
-
-
 def scratch_bytes(
     config: ModelConfig,
     experts: Collection[RecordLayout],
@@ -247,7 +203,7 @@ def scratch_bytes(
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     sizes = [native.attention_scratch(threads, n, *heads)]
     for layout in experts:
-        gate, by = layout.matrices[0], (_ahead_columns(layout), _group_units(layout))
+        gate, by = layout.matrices[0], (ahead_columns(layout), group_units(layout))
         shape = (gate.cols, gate.rows, *by)
         if fused:
             sizes.append(native.mixture_scratch(threads, n, k, config.num_experts, *shape))
@@ -255,7 +211,7 @@ def scratch_bytes(
             sizes.append(native.experts_scratch(threads, n, n * k, *shape))
     mlp = max(config.shared_expert_intermediate_size, config.intermediate_size)
     for layout in dense:
-        units = _group_units(layout)
+        units = group_units(layout)
         sizes.append(native.linear_scratch(n, layout.matrices[0].cols, units))
         if fused:
             layer = (config.hidden_size, *heads, mlp, config.num_experts, units)

@@ -2,35 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
-import numpy as np
-
 from .. import kernels
-from ..hebf.order import hottest_first
-from ..layout import RecordLayout
 from ..loader.resident import ResidentExperts
-from ..types import F32, I32, U64
-
-
-def mixture(
-    layout: RecordLayout,
-    segments: U64,
-    level: int,
-    pool: kernels.Pool,
-    x: F32,
-    ids: I32,
-    gates: F32,
-) -> F32:
-    """kernels.Mixture(layout, segments, level)(pool, x, ids, gates) out of separate kernels."""
-    demands = hottest_first(ids, np.full(ids.shape, level, np.int32))
-    token = demands.pair // np.int32(ids.shape[1])
-    jobs = segments[demands.expert], demands.level_index, demands.first_pair, token
-    pair_out = kernels.experts(pool, layout, x, *jobs)
-    position = np.empty(ids.size, np.int32)
-    position[demands.pair] = np.arange(ids.size, dtype=np.int32)
-    return kernels.combine(pool, pair_out, position.reshape(ids.shape), gates)
+from ..types import F32, I32
 
 
 class SerialExperts:
@@ -39,13 +13,11 @@ class SerialExperts:
     def __init__(self, pool: kernels.Pool, resident: ResidentExperts) -> None:
         self._pool = pool
         self._resident = resident
-        self._mixtures: dict[int, Callable[[kernels.Pool, F32, I32, F32], F32]] = {}
-        for layer in resident.layers:
-            record = resident.layout(layer), resident.segments(layer), resident.level_index
-            one_call = kernels.fused()
-            self._mixtures[layer] = (
-                kernels.Mixture(*record) if one_call else partial(mixture, *record)
-            )
+        level = resident.level_index
+        self._mixtures = {
+            layer: kernels.Mixture(resident.layout(layer), resident.segments(layer), level)
+            for layer in resident.layers
+        }
 
     @property
     def mean_bits(self) -> float:

@@ -113,6 +113,28 @@ static void replay_at_once(int threads) {
     em_pool_free(pool);
 }
 
+/* The mixture in parts, from the last expert to the first, is the mixture in one call. */
+static void mix_in_parts(em_pool *pool, const em_mixture_of *of, const float *x, int n, int k,
+                         const int32_t *ids, const float *weights, const float *want) {
+    const size_t h = (size_t)of->record.hidden, pairs = (size_t)n * (size_t)k;
+    float *pair_out = floats(pairs * h), *got = floats((size_t)n * h);
+    int32_t *position = keep(calloc(pairs, sizeof *position));
+    int done = 0;
+    for (int last = of->experts; last > 0; last -= 2) {
+        const int32_t chosen[] = {last - 1, last > 1 ? last - 2 : 0};
+        const int pairs_done = em_mixture_part(pool, of, x, n, k, ids, chosen, 2, done, position, pair_out);
+        if (pairs_done < 0) exit(2);
+        done += pairs_done;
+    }
+    em_combine(pool, pair_out, position, weights, n, k, of->record.hidden, got);
+    const int32_t beyond = of->experts;
+    if (done != n * k || memcmp(got, want, (size_t)n * h * sizeof(float)) ||
+        em_mixture_part(pool, of, x, n, k, ids, &beyond, 1, 0, position, pair_out) != EM_NO_SUCH_EXPERT) {
+        failures++;
+        printf("mixture in parts: differs on %s\n", em_isa_current()->name);
+    }
+}
+
 /* The mixture in one call is its experts, each computed by itself, and their sum. */
 static void mix(em_pool *pool, int n, int k, int experts, int h, int inter, int ahead, const float *x,
                 const int32_t *ids, const float *weights) {
@@ -126,8 +148,10 @@ static void mix(em_pool *pool, int n, int k, int experts, int h, int inter, int 
             table[e * EM_LEVELS + s] = (uint64_t)(uintptr_t)blob(name, NULL);
         }
     const size_t row = (size_t)h;
+    em_mixture_of of = {record, table, experts, EM_LEVELS, LEVEL};
     float *got = floats((size_t)n * row), *want = floats((size_t)n * row), *one = floats(row);
-    if (em_mixture(pool, &record, table, experts, EM_LEVELS, LEVEL, x, n, k, ids, weights, got)) exit(2);
+    if (em_mixture(pool, &of, x, n, k, ids, weights, got)) exit(2);
+    mix_in_parts(pool, &of, x, n, k, ids, weights, got);
     const int32_t zero = 0;
     for (int i = 0; i < n * k; i++) {
         em_job job = em_job_at(&record, table + ids[i] * EM_LEVELS, LEVEL);
@@ -140,10 +164,10 @@ static void mix(em_pool *pool, int n, int k, int experts, int h, int inter, int 
         printf("mixture: differs on %s\n", em_isa_current()->name);
     }
     const int32_t beyond = experts;
-    if (em_mixture(pool, &record, table, experts, EM_LEVELS, LEVEL, x, 1, 1, &beyond, weights, got) !=
-            EM_NO_SUCH_EXPERT ||
-        em_mixture(pool, &record, table, experts, EM_LEVELS, LEVEL + 1, x, n, k, ids, weights, got) !=
-            EM_NO_SUCH_EXPERT) {
+    const int refused = em_mixture(pool, &of, x, 1, 1, &beyond, weights, got);
+    of.level++;
+    if (refused != EM_NO_SUCH_EXPERT ||
+        em_mixture(pool, &of, x, n, k, ids, weights, got) != EM_NO_SUCH_EXPERT) {
         failures++;
         printf("mixture: an expert that is not there was taken\n");
     }
