@@ -193,6 +193,7 @@ def mixture_scratch(
     intermediate: int,
     ahead: int,
     group_units: int,
+    whole: bool,
 ) -> int: ...
 def layer_scratch(
     threads: int,

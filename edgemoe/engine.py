@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,27 @@ import numpy as np
 from . import kernels
 from .chat import ChatTemplate
 from .closing import Closing
-from .cpu_attn.kv_cache import KVCache, cache_bytes
-from .errors import CheckpointError, KernelError, StoreError, UsageError, shown
+from .cpu_attn.kv_cache import KVCache
+from .errors import CheckpointError, StoreError, UsageError, shown
 from .generation import Generation
 from .kv_layout import KV_TYPES
 from .loader import budget as memory
 from .loader.arena import Arena
-from .loader.resident import Progress, ResidentExperts, dense_bytes, expert_bytes, float_bytes
+from .loader.guard import Guard
+from .loader.resident import Progress, ResidentExperts
 from .model import Span, Weights, hidden, logits
 from .perfmodel import fit
 from .pipeline.serial import SerialExperts
+from .pipeline.streamed import StreamedMixture, streamed_mixture
+from .planning import plan
 from .sampling import SamplingParams, from_generation_config
 from .store import Store
 from .tokenizer import Tokenizer
-from .types import F32, I64, ModelConfig, RunPlan, Stats
+from .types import F32, I64, ModelConfig, RunPlan, Stats, Streaming
 from .weights import from_store
 
 DEFAULT_CTX = 4096
-PREFILL_CHUNKS = (128, 256, 512)
-"""Tokens a prefill step takes at once. More share each expert's weights, but need more memory: the
-level is chosen with the fewest, then the most that still fit under the ceiling are taken."""
+DEFAULT_STREAMING = Streaming()
 
 
 @dataclass(frozen=True)
@@ -106,58 +107,6 @@ def _json_section(store: Store, name: str) -> dict[str, Any] | None:
     return value
 
 
-def _plan(
-    opened: OpenedModel,
-    ceiling: int,
-    bits: int | None,
-    dense_bits: int | None,
-    ctx_size: int,
-    threads: int,
-    kv_type: str,
-    reserve: int,
-) -> RunPlan:
-    store, cfg = opened.store, opened.config
-    quant = store.quant
-    dense = {t.layout for t in store.tensors.values() if t.layout is not None}
-    experts = set(map(store.expert_layout, cfg.moe_layers))
-
-    def weights(level_index: int, dense_level_index: int) -> int:
-        return (
-            expert_bytes(store, level_index)
-            + dense_bytes(store, dense_level_index)
-            + float_bytes(store)
-        )
-
-    def scratch(chunk: int) -> int:
-        pool = kernels.scratch_bytes(cfg, experts, dense, threads, chunk)
-        return pool + fit.activation_bytes(cfg, chunk) + reserve
-
-    first, *larger = (min(chunk, ctx_size) for chunk in PREFILL_CHUNKS)
-    try:
-        least = scratch(first)
-    except KernelError as exc:
-        raise StoreError(f"{store.path}: {exc}; convert its checkpoint again") from None
-    footprint = fit.Footprint(
-        weights=weights,
-        kv_cache=cache_bytes(cfg, ctx_size, kv_type),
-        scratch=least,
-        process=memory.rss_bytes(),
-    )
-    level, dense_level, parts = fit.choose_level(
-        footprint,
-        ceiling,
-        ctx_size,
-        quant.expert_levels,
-        quant.levels,
-        bits,
-        dense_bits,
-        memory.format_size,
-    )
-    chunk = max((c for c in larger if parts.needed + scratch(c) - least <= ceiling), default=first)
-    parts = replace(parts, scratch=scratch(chunk))
-    return RunPlan(level, dense_level, ctx_size, chunk, threads, kv_type, parts)
-
-
 def load(
     path: str | os.PathLike[str] | OpenedModel | None = None,
     *,
@@ -169,6 +118,11 @@ def load(
     kv_type: str = "f16",
     progress: Progress | None = None,
     reserve: int = 0,
+    exact: bool = False,
+    cache: str | int | None = None,
+    io_limit: float | None = None,
+    sequences: int = 1,
+    streaming: Streaming = DEFAULT_STREAMING,
 ) -> Model:
     """Load a store (None: the bundled model) under a memory ceiling.
 
@@ -176,13 +130,19 @@ def load(
         path: a store, or the result of `open_model`, which the Model then owns.
         mem: ceiling on everything this process uses: "512M", "8G", bytes, or "auto" for 70 % of
             what is free now. A cgroup's limit is a ceiling too.
-        bits: level of every expert, one of the store's; None: the highest that fits.
+        bits: level of every expert, one of the store's, streamed if not all of them fit; None: the
+            highest at which all fit, or, where there is none, 4 at most, streamed.
         dense_bits: level of all other matrices; None: 8 with bits=8, else 6.
         ctx_size: most tokens of prompt and answer together; None: the model's own, at most 4096.
         threads: worker threads; None: one for each performance core this process may use.
         kv_type: what keys and values are kept as: "f16", or "int8", which takes half as much.
         progress: called with (bytes read, bytes in all) while experts are read.
         reserve: bytes under the ceiling that the caller will use itself.
+        exact: never lower the level to make all experts fit: it is `bits`, or the highest there is.
+        cache: memory for experts alone, which are then streamed; None: what is left.
+        io_limit: bytes a second that reading experts may take; None: no limit.
+        sequences: contexts that are kept at once.
+        streaming: how experts that do not all fit are streamed.
 
     Raises:
         UsageError: a setting out of range. StoreError: the store cannot be used.
@@ -194,6 +154,13 @@ def load(
         raise UsageError(f"kv_type must be {' or '.join(KV_TYPES)}, not {shown(str(kv_type))}")
     if isinstance(mem, str):
         memory.parse_size(mem)
+    cache_bytes = None if cache is None else memory.parse_size(cache)
+    if cache is not None and cache_bytes is None:
+        raise UsageError("cache must be a size, not auto: leave it out to take what is left")
+    if io_limit is not None and not 0 < io_limit < float("inf"):
+        raise UsageError(f"io_limit must be above 0 bytes a second, not {io_limit}")
+    if sequences < 1:
+        raise UsageError(f"sequences must be at least 1, not {sequences}")
     opened = path if isinstance(path, OpenedModel) else open_model(path)
     try:
         cfg, quant = opened.config, opened.store.quant
@@ -211,10 +178,18 @@ def load(
             raise UsageError(
                 f"the context size must be from 1 to {longest} for this model, not {ctx}"
             )
-        ceiling = memory.resolve_ceiling(mem)
-        workers = threads or kernels.default_threads()
-        plan = _plan(opened, ceiling, bits, dense_bits, ctx, workers, kv_type, reserve)
-        return Model(opened, plan, progress)
+        wish = fit.Wish(bits, dense_bits, exact, cache_bytes)
+        chosen = plan(
+            opened.store,
+            wish,
+            memory.resolve_ceiling(mem),
+            ctx,
+            threads or kernels.default_threads(),
+            kv_type,
+            sequences=sequences,
+            reserve=reserve,
+        )
+        return Model(opened, chosen, progress, streaming, io_limit or 0.0)
     except BaseException:
         opened.close()
         raise
@@ -251,7 +226,12 @@ class Model(Closing):
     """
 
     def __init__(
-        self, opened: OpenedModel, plan: RunPlan, progress: Progress | None = None
+        self,
+        opened: OpenedModel,
+        plan: RunPlan,
+        progress: Progress | None = None,
+        streaming: Streaming = DEFAULT_STREAMING,
+        io_limit: float = 0.0,
     ) -> None:
         self.config, self.tokenizer = opened.config, opened.tokenizer
         self.chat_template = opened.chat_template
@@ -260,16 +240,26 @@ class Model(Closing):
         self._opened = opened
         quant = opened.store.quant
         self._pool = kernels.new_pool(plan.threads)
-        arena = Arena(plan.budget.weights)
+        store, budget = opened.store, plan.budget
+        arena = Arena(budget.weights + (0 if plan.streamed else budget.experts))
         dense_level = quant.levels.index(plan.dense_bits)
-        self._weights: Weights | None = from_store(opened.store, self._pool, arena, dense_level)
+        self._weights: Weights | None = from_store(store, self._pool, arena, dense_level)
         level = quant.expert_levels.index(plan.bits)
-        resident = ResidentExperts(opened.store, arena, level, progress)
-        self._experts: SerialExperts | None = SerialExperts(self._pool, resident)
+        self._experts: SerialExperts | StreamedMixture | None
+        if plan.streamed:
+            guard = Guard(budget.ceiling, budget.margin)
+            self._experts = streamed_mixture(
+                store, self._pool, budget.experts, level, streaming, guard, io_limit
+            )
+        else:
+            resident = ResidentExperts(store, arena, level, progress)
+            self._experts = SerialExperts(self._pool, resident)
         self._busy = False
 
     def close(self) -> None:
         """Give the weights' memory back and close the store; twice is fine."""
+        if self._experts is not None:
+            self._experts.close()
         self._weights = self._experts = None
         self._opened.close()
 

@@ -6,7 +6,7 @@ depends on its own sequence only, bit for bit, so a batch may be cut and mixed i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -105,6 +105,30 @@ def hidden(
     Raises:
         UsageError: no tokens, a span without any, or spans that do not add up to the tokens.
     """
+    steps = layers(weights, pool, tokens, spans, watch)
+    y: F32 | None = None
+    while True:
+        try:
+            wanted = steps.send(y)
+        except StopIteration as end:
+            out: F32 = end.value
+            return out
+        y = experts(*wanted)
+
+
+Wanted = tuple[int, F32, I32, F32]
+"""What is asked of the experts: arguments of a call of them."""
+
+
+def layers(
+    weights: Weights,
+    pool: kernels.Pool,
+    tokens: I64,
+    spans: Sequence[Span],
+    watch: Callable[[int, F32], None] | None = None,
+) -> Generator[Wanted, F32 | None, F32]:
+    """`hidden`, which stops wherever it wants experts, goes on with what they give, and returns
+    what `hidden` does."""
     cfg = weights.config
     n = len(tokens)
     rows = [(s.cache.length, s.count) for s in spans]
@@ -126,7 +150,14 @@ def hidden(
             part = layer.fused(pool, batch, y, [s.cache.place(i, s.count) for s in spans])
         else:
             part = dense_part(cfg, pool, layer, i, x, y, cos, sin, spans, watch)
-        y = _feed_forward(part, i, experts)
+        if part.ids is None or part.gates is None:
+            y = part.mlp
+        else:
+            y = yield i, part.h, part.ids, part.gates
+        if y is None:
+            raise KernelError(f"layer {i} has neither a router nor an MLP")
+        if part.mlp is not None and part.mlp_gate is not None:
+            kernels.gated_add(y, part.mlp_gate, part.mlp)
     if y is not None:
         if cfg.residual_multiplier != 1.0:
             y *= cfg.residual_multiplier
@@ -188,18 +219,6 @@ def dense_part(
     if layer.shared_router is not None:
         mlp_gate = kernels.linear_f32(pool, h, layer.shared_router)
     return kernels.Routed(h, ids, gates, mlp, mlp_gate)
-
-
-def _feed_forward(part: kernels.Routed, index: int, experts: Experts) -> F32:
-    """The mixture of experts, the plain MLP of a dense layer, or a mixture and a shared expert."""
-    if part.ids is None or part.gates is None:
-        if part.mlp is None:
-            raise KernelError(f"layer {index} has neither a router nor an MLP")
-        return part.mlp
-    y = experts(index, part.h, part.ids, part.gates)
-    if part.mlp is not None and part.mlp_gate is not None:
-        kernels.gated_add(y, part.mlp_gate, part.mlp)
-    return y
 
 
 def _qkv(

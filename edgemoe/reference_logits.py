@@ -89,7 +89,7 @@ def plan_float(
     room = (free - vectors - largest - scratch) // a_token
     if room < group:
         parts = Budget(
-            ceiling, used, vectors + largest, group * a_token, scratch, fit.margin(ceiling)
+            ceiling, used, vectors + largest, 0, group * a_token, scratch, fit.margin(ceiling)
         )
         needed = fit.smallest_ceiling(parts)
         raise MemoryBudgetError(

@@ -140,11 +140,15 @@ class Demands:
 
 @dataclass(frozen=True)
 class Budget:
-    """A memory ceiling and what is set aside under it, all in bytes."""
+    """A memory ceiling and what is set aside under it, all in bytes.
+
+    weights: of everything but experts. experts: all of them, or what they are streamed through.
+    """
 
     ceiling: int
     process: int
     weights: int
+    experts: int
     kv_cache: int
     scratch: int
     margin: int
@@ -152,12 +156,16 @@ class Budget:
     @property
     def needed(self) -> int:
         """Smallest ceiling under which the same run fits."""
-        return self.process + self.weights + self.kv_cache + self.scratch + self.margin
+        spent = self.process + self.weights + self.experts + self.kv_cache + self.scratch
+        return spent + self.margin
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Settings of a run that follow from the model, the machine and the ceiling."""
+    """Settings of a run that follow from the model, the machine and the ceiling.
+
+    streamed: experts are read as they are wanted; else all of them are kept.
+    """
 
     bits: int
     dense_bits: int
@@ -165,7 +173,22 @@ class RunPlan:
     prefill_chunk: int
     threads: int
     kv_type: str
+    streamed: bool
     budget: Budget
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How experts are streamed where they do not all fit.
+
+    policy: what goes when room is needed: "worth", edgemoe's own, or "lru" or "lfu", what others
+    do. order: of a layer's reads: "shortest" (the layer is done soonest), "hebf" (D2MoE's) or
+    "fifo". overlap: compute while reading; else first one, then the other.
+    """
+
+    policy: str = "worth"
+    order: str = "shortest"
+    overlap: bool = True
 
 
 @dataclass(frozen=True)

@@ -266,7 +266,7 @@ NB_MODULE(_native, m) {
     m.def("experts_scratch", &em_experts_scratch, "threads"_a, "n"_a, "pairs"_a, "hidden"_a, "intermediate"_a,
           "ahead"_a, "group_units"_a);
     m.def("mixture_scratch", &em_mixture_scratch, "threads"_a, "n"_a, "k"_a, "experts"_a, "hidden"_a,
-          "intermediate"_a, "ahead"_a, "group_units"_a);
+          "intermediate"_a, "ahead"_a, "group_units"_a, "whole"_a);
     m.def("layer_scratch", &em_layer_scratch, "threads"_a, "n"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "d"_a,
           "mlp"_a, "experts"_a, "group_units"_a);
     m.def("attention_scratch", &em_attention_scratch, "threads"_a, "n"_a, "heads"_a, "kv_heads"_a, "d"_a);

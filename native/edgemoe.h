@@ -334,8 +334,9 @@ void em_dequantize(em_pool *p, const em_ggml_type *type, const uint8_t *data, si
 size_t em_linear_scratch(int n, int cols, int group_units);
 size_t em_experts_scratch(int threads, int n, int pairs, int hidden, int intermediate, int ahead,
                           int group_units); /* ahead: columns of the first of two down matrices, or 0 */
+/* whole: of em_mixture; else of em_mixture_part. */
 size_t em_mixture_scratch(int threads, int n, int k, int experts, int hidden, int intermediate, int ahead,
-                          int group_units);
+                          int group_units, int whole);
 /* mlp, experts: the most a layer has, 0 for none. */
 size_t em_layer_scratch(int threads, int n, int hidden, int heads, int kv_heads, int d, int mlp, int experts,
                         int group_units);

@@ -54,11 +54,17 @@ static size_t carve(mixture *m, em_carver *c, int n, int k, int experts, int hid
     return c->used;
 }
 
-size_t em_mixture_scratch(int threads, int n, int k, int experts, int hidden, int intermediate, int ahead,
-                          int group_units) {
+static size_t scratch(int threads, int n, int k, int experts, const em_record *r, int whole) {
     mixture m;
-    return carve(&m, &(em_carver){0}, n, k, experts, hidden, 1) +
-           em_padded(em_experts_scratch(threads, n, n * k, hidden, intermediate, ahead, group_units));
+    return carve(&m, &(em_carver){0}, n, k, experts, r->hidden, whole) +
+           em_padded(
+               em_experts_scratch(threads, n, n * k, r->hidden, r->intermediate, r->ahead, r->group_units));
+}
+
+size_t em_mixture_scratch(int threads, int n, int k, int experts, int hidden, int intermediate, int ahead,
+                          int group_units, int whole) {
+    const em_record r = {NULL, 0, hidden, intermediate, ahead, group_units};
+    return scratch(threads, n, k, experts, &r, whole);
 }
 
 /* The jobs of all pairs whose expert has a count of 0, not less, and where each pair is put, from `first` on;
@@ -94,12 +100,9 @@ static int group(mixture *m, const em_mixture_of *of, const int32_t *ids, int pa
 
 /* Scratch for the call, with m carved out of what is held; NULL: there is no memory. */
 static const char *begin(em_pool *p, mixture *m, const em_mixture_of *of, int n, int k, int whole) {
-    const em_record *r = &of->record;
-    em_carver c = {.at = em_pool_scratch(
-                       p, carve(m, &(em_carver){0}, n, k, of->experts, r->hidden, whole) +
-                              em_padded(em_experts_scratch(em_pool_threads(p), n, n * k, r->hidden,
-                                                           r->intermediate, r->ahead, r->group_units)))};
-    if (c.at) em_pool_hold(p, carve(m, &c, n, k, of->experts, r->hidden, whole));
+    em_carver c = {
+        .at = em_pool_scratch(p, scratch(em_pool_threads(p), n, k, of->experts, &of->record, whole))};
+    if (c.at) em_pool_hold(p, carve(m, &c, n, k, of->experts, of->record.hidden, whole));
     return c.at;
 }
 

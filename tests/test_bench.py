@@ -84,7 +84,7 @@ def test_a_round_feeds_the_stream_and_nothing_else(
         return original(self, tokens, spans, want)
 
     monkeypatch.setattr(Model, "forward", forward)
-    monkeypatch.setattr("edgemoe.engine.PREFILL_CHUNKS", (128,))
+    monkeypatch.setattr("edgemoe.planning.PREFILL_CHUNKS", (128,))
     tokens = token_stream(CONFIG["vocab_size"], 307)
     with load(store, ctx_size=307) as model:
         between: list[int] = []
@@ -188,7 +188,7 @@ def test_rates_shares_and_ratios() -> None:
 
 
 def test_a_benchmark(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgemoe.engine.PREFILL_CHUNKS", (128,))
+    monkeypatch.setattr("edgemoe.planning.PREFILL_CHUNKS", (128,))
     seen: list[tuple[int, int, str]] = []
     result = bench(
         store, prompt_tokens=140, generated_tokens=5, rounds=3, bits=3, dense_bits=4, threads=2,

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import make_tiny
@@ -136,20 +137,45 @@ def test_highest_level_that_fits(levels: tuple[int, ...]) -> None:
     with edgemoe.load(mem="2G", ctx_size=256) as model:
         assert (model.plan.bits, model.plan.dense_bits) == (8, 8)
     mib = 1 << 20
-    footprint = fit.Footprint(lambda level, dense: (10 * (level + 1) + dense) * mib, 0, 0, 0)
-    chosen = []
-    for ceiling in range(50, 120):
+    footprint = fit.Footprint(
+        dense=lambda level: level * mib,
+        experts=lambda level: 20 * (level + 1) * mib,
+        least_cache=lambda level: (level + 1) * mib,
+        whole_cache=lambda level: 21 * (level + 1) * mib,
+        streaming=mib,
+        kv_cache=0,
+        scratch=0,
+        process=0,
+    )
+
+    def chosen(ceiling: int, *wish: Any) -> tuple[int, bool]:
+        got = fit.choose(
+            footprint, ceiling, 64, levels, LEVELS, fit.Wish(*wish), budget.format_size
+        )
+        assert got.budget.needed <= ceiling
+        assert got.dense_bits == (8 if got.bits == 8 else 6)
+        if got.streamed:
+            index = levels.index(got.bits)
+            assert (index + 1) * mib <= got.budget.experts <= 21 * (index + 1) * mib
+        return got.bits, got.streamed
+
+    seen = []
+    for ceiling in range(40, 160):
         try:
-            bits, dense, parts = fit.choose_level(
-                footprint, ceiling * mib, 64, levels, LEVELS, None, None, budget.format_size
-            )
-            assert parts.needed <= ceiling * mib
-            assert dense == (8 if bits == 8 else 6)
-            chosen.append(bits)
-        except MemoryBudgetError:
-            chosen.append(0)
-    assert chosen == sorted(chosen)
-    assert set(chosen) == {0, *levels}
+            seen.append(chosen(ceiling * mib))
+        except MemoryBudgetError as exc:
+            assert exc.needed_bytes > ceiling * mib
+            assert chosen(exc.needed_bytes) == (2, True), "the floor is right"
+            seen.append((0, True))
+    # 4 bits are streamed until all experts fit at 2, and where even that is too much, fewer
+    streamed = [(0, True), (2, True), (3, True), (4, True)]
+    assert list(dict.fromkeys(seen)) == streamed + [(bits, False) for bits in levels]
+    assert chosen(80 * mib, 4) == (4, True), "what is asked for is not lowered"
+    assert chosen(80 * mib, None, None, True) == (levels[-1], True)
+    assert chosen(200 * mib, None, None, True) == (levels[-1], False)
+    assert chosen(200 * mib, 4, None, False, 7 * mib) == (4, True), "a cache is one"
+    with pytest.raises(MemoryBudgetError, match="smaller --cache"):
+        chosen(60 * mib, 4, None, False, 30 * mib)
 
 
 @pytest.mark.parametrize("backend", ["native", "numba"])
@@ -172,7 +198,7 @@ def test_activations_are_what_a_pass_allocates(
 
 def test_smallest_ceiling_is_tight() -> None:
     for bare in (10 << 20, 500 << 20, 5 << 30, 100 << 30):
-        parts = fit.Budget(0, bare, 0, 0, 0, fit.margin(0))
+        parts = fit.Budget(0, bare, 0, 0, 0, 0, fit.margin(0))
         ceiling = fit.smallest_ceiling(parts)
         assert bare + fit.margin(ceiling) <= ceiling
         assert bare + fit.margin(ceiling - (1 << 20)) > ceiling - (1 << 20)

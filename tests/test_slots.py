@@ -24,7 +24,7 @@ from edgemoe.loader import resident
 from edgemoe.loader.arena import Arena
 from edgemoe.loader.queue import Read, ReadQueue
 from edgemoe.loader.rooms import PAGE, room_sizes, table_bytes
-from edgemoe.loader.slots import SegmentSlots, slot_bytes
+from edgemoe.loader.slots import SegmentSlots, budget_for
 from edgemoe.store import Store
 
 Key = tuple[int, int, int]
@@ -103,14 +103,12 @@ def test_accounting_is_what_the_kernel_says(
                 budget = int(rng.integers(slots.used_bytes + slots.table_bytes, most))
                 slots.resize(budget)
             else:
-                missing = slots.shortfall(key[0], key[2])
+                taken = sum(slots.room_bytes(k[0], k[2]) for k in [*live, key])
                 try:
                     at, room = slots.commit(*key)
-                    assert missing <= most // 64
                 except MemoryBudgetError as exc:
                     assert exc.needed_bytes > exc.budget_bytes == budget
-                    expected = exc.needed_bytes - budget + most // 64
-                    assert missing == min(expected, slots.used_bytes)
+                    assert taken > slots.capacity(budget)
                     assert exc.needed_bytes > slots.used_bytes + room_of(store, key)
                     victim = sorted(live)[rng.integers(len(live))]
                     del live[victim]
@@ -159,7 +157,7 @@ def test_a_mixture_from_slots_has_the_bits_of_a_resident_one(
     with Store.open(tmp_path / "x.emoe") as store:
         whole = resident.ResidentExperts(store, Arena(resident.expert_bytes(store, level)), level)
         # two of the four experts of one of the two layers at a time, and page tables
-        slots = SegmentSlots(store, slot_bytes(store, level) // 4 + 16 * PAGE)
+        slots = SegmentSlots(store, budget_for(store, level) // 4 + 16 * PAGE)
         with ReadQueue(store) as queue:
             for layer in whole.layers * 3:
                 chosen = rng.permutation(4)[:2]
@@ -243,7 +241,7 @@ def test_states_that_do_not_follow(many: Sample) -> None:
         with pytest.raises(UsageError, match="is landed, not absent"):
             slots.commit(layer, 0, 0)
         with pytest.raises(UsageError, match="no segment 5 of expert 0 in"):
-            slots.shortfall(layer, 5)
+            slots.room_bytes(layer, 5)
         for key in ((1, 0, 0), (layer, 12, 0), (layer, -1, 0), (layer, 0, 5), (layer, 0, -1)):
             with pytest.raises(UsageError, match=f"no segment {key[2]} of expert {key[1]} in"):
                 slots.commit(*key)
@@ -260,10 +258,9 @@ def test_budgets(many: Sample) -> None:
         # where the addresses begin may add a page table
         slots = SegmentSlots(store, needed + 3 * PAGE)
         key = next(key for key in all_keys(store) if room_of(store, key) == largest)
-        assert slots.shortfall(key[0], key[2]) == 0
+        assert 0 < slots.capacity(needed) < slots.room_bytes(key[0], key[2])
         slots.commit(*key)
         slots.landed(*key)
-        assert 0 < slots.shortfall(key[0], key[2]) <= slots.used_bytes
         slots.close()
         slots = SegmentSlots(store, 2 * largest + 20 * PAGE)
         keys = [key for key in all_keys(store) if room_of(store, key) == largest]
@@ -284,15 +281,23 @@ def test_budgets(many: Sample) -> None:
         slots.close()
 
 
-def test_slot_bytes_hold_all_experts(many: Sample) -> None:
+def test_a_budget_holds_what_it_is_for(many: Sample) -> None:
     with Store.open(many.path) as store:
         for level_index in range(5):
-            slots = SegmentSlots(store, slot_bytes(store, level_index))
+            slots = SegmentSlots(store, budget_for(store, level_index))
             for key in all_keys(store):
                 if key[2] <= level_index:
                     slots.commit(*key)
                     slots.landed(*key)
-            assert slots.resident_bytes > 0.98 * slots.budget_bytes
+            assert slots.resident_bytes > 0.96 * slots.budget_bytes
+            slots.close()
+            few = budget_for(store, level_index, 3)
+            slots = SegmentSlots(store, few)
+            wanted = 3 * max(
+                sum(slots.room_bytes(layer, i) for i in range(level_index + 1))
+                for layer in slots.layers
+            )
+            assert wanted <= slots.capacity(few) < wanted + 16 * PAGE
             slots.close()
 
 

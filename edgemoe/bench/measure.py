@@ -129,7 +129,11 @@ def bench(
         stack.callback(model.close)
         meter.step("model loaded")
         feed(model, work)
-        memory = Memory(model.plan.budget.weights, peak_rss_bytes(), model.plan.budget.ceiling)
+        memory = Memory(
+            model.plan.budget.weights + model.plan.budget.experts,
+            peak_rss_bytes(),
+            model.plan.budget.ceiling,
+        )
         meter.step("warm-up")
         for name, side in theirs.items():
             side.round()

@@ -30,6 +30,7 @@ from .layer import Batch, DecoderLayer, Routed
 from .mixture import Mixture, MixtureParts
 from .peak import int8_peak
 from .products import (
+    AT_ONCE_PAIRS,
     MAX_GROUP_SIZE,
     NestedMatrix,
     accumulate,
@@ -42,6 +43,7 @@ from .products import (
 )
 
 __all__ = [
+    "AT_ONCE_PAIRS",
     "GGML_BLOCKS",
     "MAX_GROUP_SIZE",
     "MAX_THREADS",

@@ -26,6 +26,10 @@ def _addresses(layout: RecordLayout, segments: Sequence[U8]) -> U64:
     return out
 
 
+AT_ONCE_PAIRS = 256
+"""Pairs of a token and an expert up to which a mixture that is mostly computed in parts may be
+computed in one call: its outputs then lie in the pool's scratch, which is set aside for so many."""
+
 MAX_GROUP_SIZE = 256
 """Input columns that may share a scale; the kernels keep a group's codes on the stack."""
 
@@ -197,8 +201,11 @@ def scratch_bytes(
     dense: Collection[RecordLayout],
     threads: int,
     n: int,
+    *,
+    in_parts: bool = False,
 ) -> int:
-    """Pool scratch that a forward pass of n tokens needs at most."""
+    """Pool scratch that a forward pass of n tokens needs at most; in_parts: its mixtures are
+    MixtureParts, but for the smallest batches."""
     native, k, fused = dispatch.native, config.num_experts_per_tok, dispatch.fused()
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     sizes = [native.attention_scratch(threads, n, *heads)]
@@ -206,7 +213,11 @@ def scratch_bytes(
         gate, by = layout.matrices[0], (ahead_columns(layout), group_units(layout))
         shape = (gate.cols, gate.rows, *by)
         if fused:
-            sizes.append(native.mixture_scratch(threads, n, k, config.num_experts, *shape))
+            of = k, config.num_experts, *shape
+            sizes.append(native.mixture_scratch(threads, n, *of, not in_parts))
+            if in_parts:
+                few = min(n, max(AT_ONCE_PAIRS // k, 1))
+                sizes.append(native.mixture_scratch(threads, few, *of, True))
         else:
             sizes.append(native.experts_scratch(threads, n, n * k, *shape))
     mlp = max(config.shared_expert_intermediate_size, config.intermediate_size)

@@ -119,6 +119,11 @@ class Residency:
         flying = self._flying.get(at)
         return min(flying) if flying else self._claimed[at]
 
+    def bytes_of(self, layer: int, wants: Sequence[Want]) -> int:
+        """Bytes that these experts of a layer take."""
+        prefix = self._prefix[layer]
+        return sum(prefix[depth] for _, depth in wants)
+
     def observe(self, layer: int, wants: Sequence[Want]) -> None:
         """Tell the policy what a layer step wants, each expert once."""
         self._policy.observe(layer, wants)

@@ -20,10 +20,10 @@ from ..layout import RecordLayout
 from ..store import Store
 from ..types import U8, U64
 from .budget import format_size
-from .rooms import UNALIGNED_TABLES, Account, Rooms, room_sizes, table_bytes, whole_pages
+from .rooms import PAGE, UNALIGNED_TABLES, Account, Rooms, room_sizes, table_bytes, whole_pages
 
 SPARE = 64
-"""One part in so many of the budget is left to free rooms by whoever asks `shortfall`."""
+"""One part in so many of the budget is left to free rooms by whoever keeps to `capacity`."""
 
 _ABSENT, _LOADING, _LANDED = range(3)
 _STATES = ("absent", "loading", "landed")
@@ -44,18 +44,37 @@ def _counts(store: Store, level_index: int) -> Counter[int]:
     )
 
 
-def slot_bytes(store: Store, level_index: int) -> int:
-    """Smallest budget, or a few pages more, that holds all experts at a level.
+def budget_for(store: Store, level_index: int, experts: int | None = None) -> int:
+    """Smallest budget, or little more, with which segments up to a level of so many experts, the
+    largest there are, are never refused (`SegmentSlots.capacity`); None: of all experts.
 
-    More than `resident.expert_bytes`: page tables are 0.2 %, and a segment takes whole pages, which
-    is 5 % for the bundled model and nothing for large ones.
+    More than `resident.expert_bytes`: free rooms are 1.6 %, page tables 0.2 % a level, and a
+    segment takes whole pages, which is 5 % for the bundled model and nothing for large ones.
     """
-    room_of = room_sizes(_counts(store, len(store.quant.expert_levels) - 1))
-    total, rooms = 0, Counter[int]()
-    for size, count in _counts(store, level_index).items():
-        total += size * count
-        rooms[room_of[size]] += count
-    return total + sum(table_bytes(0, room * n) + UNALIGNED_TABLES for room, n in rooms.items())
+    counts = _counts(store, len(store.quant.expert_levels) - 1)
+    room_of = room_sizes(counts)
+    records = [
+        sum(room_of[whole_pages(size)] for size in layout.segment_sizes[: level_index + 1])
+        for layout in map(store.expert_layout, store.config.moe_layers)
+    ]
+    if experts is None:
+        taken = sum(records) * store.config.num_experts
+    else:
+        taken = max(records, default=0) * experts
+    rooms = Counter[int]()
+    smallest: dict[int, int] = {}
+    for size in sorted(counts, reverse=True):
+        rooms[room_of[size]] += counts[size]
+        smallest[room_of[size]] = size
+    budget = taken
+    while True:
+        tables = sum(
+            table_bytes(0, room * min(n, max(budget // smallest[room], 1))) + UNALIGNED_TABLES
+            for room, n in rooms.items()
+        )
+        if budget - tables - budget // SPARE >= taken:
+            return budget
+        budget = taken + tables + budget // SPARE + PAGE
 
 
 class SegmentSlots:
@@ -113,7 +132,6 @@ class SegmentSlots:
         self._room = {layer: [[0] * depth for _ in range(experts)] for layer in self.layers}
         self._address = {layer: np.zeros((experts, depth), np.uint64) for layer in self.layers}
         self._loading = 0
-        self._spare = budget_bytes // SPARE
         self._most = self.budget_bytes = budget_bytes
         largest = max((each.cost(each.size) for each in self._rooms), default=0)
         if largest > budget_bytes:
@@ -159,19 +177,24 @@ class SegmentSlots:
         landed. One array for good, which follows what lands and is evicted."""
         return self._address[layer]
 
-    def shortfall(self, layer: int, level_index: int) -> int:
-        """Bytes to evict before such a segment is committed, all there are at most; 0: none.
-
-        So much is more than `commit` asks for: a 64th of the budget stays for free rooms. Without
-        it, where levels are mixed, two in five rooms that evictions leave are of the wrong size and
-        have to be given back; with it, one in a hundred.
+    def room_bytes(self, layer: int, level_index: int) -> int:
+        """Bytes of the room of such a segment.
 
         Raises:
             UsageError: there is no such segment.
         """
         self._check(layer, 0, level_index)
-        missing = self._needed(layer, level_index) + self._spare - self.budget_bytes
-        return min(max(missing, 0), self.used_bytes)
+        return self._kinds[layer][level_index][0].size
+
+    def capacity(self, budget_bytes: int) -> int:
+        """Bytes of rooms that segments may take so that `commit` never refuses one.
+
+        Page tables are taken off the budget, and a 64th of it for free rooms. Without that, where
+        levels are mixed, two in five rooms that evictions leave are of the wrong size and have to
+        be given back; with it, one in a hundred.
+        """
+        tables = sum(table_bytes(rooms.first, rooms.end) for rooms in self._rooms)
+        return budget_bytes - tables - budget_bytes // SPARE
 
     def commit(self, layer: int, expert: int, level_index: int) -> tuple[int, int]:
         """Set memory aside for an absent segment, which is loading from now on.

@@ -1,9 +1,10 @@
-"""Which levels fit under a memory ceiling when everything is resident."""
+"""How a run spends its ceiling: at which level experts are read, and whether all are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from .. import kernels
 from ..errors import MemoryBudgetError
@@ -12,17 +13,38 @@ from ..types import Budget, ModelConfig
 MIB = 1 << 20
 
 
+STREAMED_LEVEL = 4
+"""Bits of experts that are streamed where nothing else is asked for: the fewest that most models
+take without harm. Where all experts fit, more bits are taken, or fewer."""
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Bytes of a model's parts, as they will lie in memory.
 
-    weights(level index, dense level index) are all weights; kv_cache is that of a whole context.
+    dense: of all but the experts, by level index of dense linears. experts: of all experts, by
+    level index. least_cache, whole_cache: of streamed experts, the least a run can do with and the
+    most it can use, by level index. streaming: what streaming needs beside. kv_cache: of whole
+    contexts.
     """
 
-    weights: Callable[[int, int], int]
+    dense: Callable[[int], int]
+    experts: Callable[[int], int]
+    least_cache: Callable[[int], int]
+    whole_cache: Callable[[int], int]
+    streaming: int
     kv_cache: int
     scratch: int
     process: int
+
+
+class Choice(NamedTuple):
+    """Levels in bits, how memory is spent, and whether experts are streamed."""
+
+    bits: int
+    dense_bits: int
+    budget: Budget
+    streamed: bool
 
 
 def activation_bytes(config: ModelConfig, tokens: int) -> int:
@@ -47,35 +69,35 @@ def margin(ceiling: int) -> int:
     return max(48 * MIB, ceiling * 3 // 100)
 
 
-def budget(footprint: Footprint, ceiling: int, level_index: int, dense_level_index: int) -> Budget:
-    """How a run at these levels spends its ceiling."""
-    return Budget(
-        ceiling=ceiling,
-        process=footprint.process,
-        weights=footprint.weights(level_index, dense_level_index),
-        kv_cache=footprint.kv_cache,
-        scratch=footprint.scratch,
-        margin=margin(ceiling),
-    )
-
-
 def smallest_ceiling(parts: Budget) -> int:
     """The smallest ceiling under which the same parts fit, whose margin grows with it."""
     bare = parts.needed - parts.margin
     return max(bare + 48 * MIB, -(-bare * 100 // 97) + 1)
 
 
-def choose_level(
+class Wish(NamedTuple):
+    """What a user asked for; None leaves the choice to us.
+
+    bits, dense_bits: levels. exact: no lower level than the highest there is, or `bits`, whatever
+    the memory. cache: bytes for streamed experts.
+    """
+
+    bits: int | None = None
+    dense_bits: int | None = None
+    exact: bool = False
+    cache: int | None = None
+
+
+def choose(
     footprint: Footprint,
     ceiling: int,
     ctx_size: int,
     levels: tuple[int, ...],
     dense_levels: tuple[int, ...],
-    bits: int | None,
-    dense_bits: int | None,
+    wish: Wish,
     describe: Callable[[int], str],
-) -> tuple[int, int, Budget]:
-    """(bits, dense bits, budget) of the highest level that fits, or of the one asked for.
+) -> Choice:
+    """The highest level at which all experts fit, or the one asked for, streamed if need be.
 
     `levels` are those experts can be read at, `dense_levels` those of dense linears, which are read
     at 8 bits with experts at 8, else at 6, unless `dense_bits` says so.
@@ -83,20 +105,44 @@ def choose_level(
     Raises:
         MemoryBudgetError: nothing fits; names the smallest ceiling that would do.
     """
-    tried: list[tuple[int, int, Budget]] = []
-    for level in (bits,) if bits is not None else tuple(reversed(levels)):
-        dense = dense_bits if dense_bits is not None else max(dense_levels[-2], level)
-        parts = budget(footprint, ceiling, levels.index(level), dense_levels.index(dense))
-        if parts.needed <= ceiling:
-            return level, dense, parts
-        tried.append((level, dense, parts))
-    level, dense, parts = tried[-1]
-    needed = smallest_ceiling(parts)
+
+    def parts(level: int, experts: int, more: int = 0) -> tuple[int, Budget]:
+        dense = wish.dense_bits if wish.dense_bits is not None else max(dense_levels[-2], level)
+        return dense, Budget(
+            ceiling=ceiling,
+            process=footprint.process,
+            weights=footprint.dense(dense_levels.index(dense)),
+            experts=experts,
+            kv_cache=footprint.kv_cache,
+            scratch=footprint.scratch + more,
+            margin=margin(ceiling),
+        )
+
+    fixed = wish.bits if wish.bits is not None else levels[-1] if wish.exact else None
+    if wish.cache is None:
+        for level in (fixed,) if fixed is not None else tuple(reversed(levels)):
+            dense, spent = parts(level, footprint.experts(levels.index(level)))
+            if spent.needed <= ceiling:
+                return Choice(level, dense, spent, False)
+    low = tuple(level for level in reversed(levels) if level <= STREAMED_LEVEL)
+    for level in (fixed,) if fixed is not None else low:
+        index = levels.index(level)
+        least = footprint.least_cache(index) if wish.cache is None else wish.cache
+        dense, spent = parts(level, least, footprint.streaming)
+        room = ceiling - spent.needed
+        if room >= 0:
+            most = footprint.whole_cache(index) if wish.cache is None else wish.cache
+            return Choice(
+                level, dense, replace(spent, experts=max(least, min(least + room, most))), True
+            )
+    needed = smallest_ceiling(spent)
+    fewer = fixed is not None and fixed > levels[0]
     raise MemoryBudgetError(
-        f"--mem {describe(ceiling)} is too little: {level}-bit experts with {dense}-bit dense "
-        f"weights and a context of {ctx_size} tokens need {describe(needed)}; give --mem "
-        f"{-(-needed // MIB)}M or more"
-        + (", or fewer --bits" if bits is not None and bits > levels[0] else ""),
+        f"--mem {describe(ceiling)} is too little: {dense}-bit dense weights, a context of "
+        f"{ctx_size} tokens and {describe(spent.experts)} for {level}-bit experts that come and go "
+        f"need {describe(needed)}; give --mem {-(-needed // MIB)}M or more"
+        + (", or fewer --bits" if fewer else "")
+        + (", or a smaller --cache" if wish.cache is not None else ""),
         needed_bytes=needed,
         budget_bytes=ceiling,
     )

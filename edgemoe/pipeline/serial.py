@@ -24,6 +24,9 @@ class SerialExperts:
         """Bits used / demands; every demand gets the resident level here."""
         return float(self._resident.bits)
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def __call__(self, layer: int, x: F32, ids: I32, weights: F32) -> F32:
         """Sum over slots of weight * expert(x).
 

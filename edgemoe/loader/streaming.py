@@ -1,0 +1,179 @@
+"""Experts that come into memory as layers want them, and leave it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..closing import Closing
+from ..layout import RecordLayout
+from ..store import Store
+from ..types import I32, U64
+from .queue import Read, ReadQueue
+from .residency import Lease, Policy, Residency, Segment, Want
+from .slots import SegmentSlots
+
+_QUEUE_BYTES = 12 << 20
+"""Of the read queue: 0.6 MB of tables, and a buffer for each read in flight where segments are not
+aligned for O_DIRECT."""
+_EXPERT_BYTES, _SEGMENT_BYTES = 300, 200
+"""Of Python's objects for each expert and each of its segments."""
+
+
+def books_bytes(store: Store) -> int:
+    """What streaming needs beside the segments, at most: the queue, and lists of all experts."""
+    config, depth = store.config, len(store.quant.expert_levels)
+    experts = len(config.moe_layers) * config.num_experts
+    return _QUEUE_BYTES + experts * (_EXPERT_BYTES + depth * _SEGMENT_BYTES)
+
+
+class StreamedExperts(Closing):
+    """Expert segments of a store under a budget: books, memory and reads kept in step.
+
+        streamed.observe(layer, wants)          # once a layer step, all that it wants
+        lease = streamed.claim(layer, wants)    # what is missing is being read from now on
+        streamed.collect()                      # waits for one segment, as often as needed
+        ... compute what is `ready` ...
+        streamed.release(lease)
+
+    Residency decides what stays; it counts whole rooms and keeps to what the slots can always give,
+    so that memory never refuses what it has granted. One thread at a time may call.
+
+    Args:
+        store: open as long as this is.
+        budget_bytes: of memory for segments, page tables included.
+        policy: what to evict.
+        limit: bytes a second to read at most; 0 is no limit.
+        depth: reads in flight at most.
+
+    Raises:
+        MemoryBudgetError: the budget cannot hold the largest segment. UsageError: a limit below 0.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        budget_bytes: int,
+        policy: Policy,
+        *,
+        limit: float = 0.0,
+        depth: int = 8,
+    ) -> None:
+        self._store = store
+        self._slots = SegmentSlots(store, budget_bytes)
+        self._layers = self._slots.layers
+        self._ordinal = {layer: i for i, layer in enumerate(self._layers)}
+        self._experts, self._levels = store.config.num_experts, len(store.quant.expert_levels)
+        sizes = [
+            [self._slots.room_bytes(layer, i) for i in range(self._levels)]
+            for layer in self._layers
+        ]
+        capacity = self._slots.capacity(budget_bytes)
+        self._residency = Residency(sizes, self._experts, max(capacity, 1), policy)
+        self._queue = ReadQueue(store, depth=depth, limit=limit)
+        self._step = 0
+        self.wanted_bytes = self.missed_bytes = self.evictions = 0
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that have experts."""
+        return self._layers
+
+    @property
+    def budget_bytes(self) -> int:
+        """Memory for segments, of now."""
+        return self._slots.budget_bytes
+
+    @property
+    def unfilled_bytes(self) -> int:
+        """Bytes of the budget that nothing has been written to yet."""
+        return self._slots.budget_bytes - self._slots.resident_bytes
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from the file since the start."""
+        return int(self._queue.stats()["bytes_read"])
+
+    def reading(self) -> tuple[int, float]:
+        """Bytes read since the start, and seconds in which a read was in flight."""
+        stats = self._queue.stats()
+        return int(stats["bytes_read"]), float(stats["busy_s"])
+
+    def layout(self, layer: int) -> RecordLayout:
+        """Of the layer's expert records."""
+        return self._slots.layout(layer)
+
+    def segments(self, layer: int) -> U64:
+        """uint64 [experts, levels]: where each segment lies, 0 if it has not landed."""
+        return self._slots.segments(layer)
+
+    def observe(self, layer: int, wants: Sequence[Want]) -> None:
+        """A layer step begins that wants this, each expert once."""
+        self._step += 1
+        self._residency.observe(self._ordinal[layer], wants)
+
+    def hit(self, layer: int, wants: Sequence[Want]) -> None:
+        """A layer step wants this, and all of it is `ready`."""
+        self.observe(layer, wants)
+        self.wanted_bytes += self._residency.bytes_of(self._ordinal[layer], wants)
+
+    def fits(self, layer: int, depth: int, count: int) -> bool:
+        """Whether `count` experts with so many segments fit in memory that holds nothing else."""
+        wants = [Want(expert, depth) for expert in range(count)]
+        return self._residency.bytes_of(self._ordinal[layer], wants) <= self._residency.budget
+
+    def claimed(self, layer: int) -> I32:
+        """Segments of each expert that are there or on their way: int32 [experts]."""
+        return self._residency.claimed(self._ordinal[layer])
+
+    def ready(self, layer: int, expert: int) -> int:
+        """How many first segments of an expert have landed."""
+        return self._residency.ready(self._ordinal[layer], expert)
+
+    def claim(self, layer: int, wants: Sequence[Want]) -> Lease | None:
+        """Keep these experts in memory until `release`, and read what is missing of them, in the
+        order of `wants`. None, with nothing changed, if other leases leave too little room.
+
+        Raises:
+            MemoryBudgetError: they would not fit in memory that holds nothing else.
+        """
+        ordinal = self._ordinal[layer]
+        lease = self._residency.acquire(ordinal, wants)
+        if lease is None:
+            return None
+        self.wanted_bytes += lease.wanted_bytes
+        self.missed_bytes += lease.load_bytes
+        self.evictions += len(lease.evict)
+        slots = self._slots
+        for owner, expert, level in lease.evict:
+            slots.evict(self._layers[owner], expert, level)
+        if lease.load:
+            reads = []
+            for _, expert, level in lease.load:
+                at, room = slots.commit(layer, expert, level)
+                tag = (ordinal * self._experts + expert) * self._levels + level
+                reads.append(Read(self._store.expert_segment(layer, expert, level), at, room, tag))
+            self._queue.submit(slots.memory, reads, self._step)
+        return lease
+
+    def collect(self, wait: bool = True) -> Segment | None:
+        """The next segment that has landed; None if none has, or, with `wait`, none is on its way.
+
+        Raises:
+            ChecksumError, StoreError: a read failed.
+        """
+        arrival = self._queue.wait_any() if wait else self._queue.poll()
+        if arrival is None:
+            return None
+        index, level = divmod(arrival, self._levels)
+        segment = Segment(*divmod(index, self._experts), level)
+        self._slots.landed(self._layers[segment.layer], segment.expert, level)
+        self._residency.land(segment)
+        return segment
+
+    def release(self, lease: Lease) -> None:
+        """What a lease holds may be evicted again. Once, when all of it has landed."""
+        self._residency.release(lease)
+
+    def close(self) -> None:
+        """Stop reading and give all memory back; twice is fine."""
+        self._queue.close()

@@ -1,0 +1,303 @@
+"""The mixture part of a model whose experts do not all fit: some are computed, others still read.
+
+A layer step has two halves. `begin` asks for what is missing, in the order in which the layer is
+done soonest; `finish` computes each expert as soon as it is there and sums up. Between the two the
+caller may do something else: the other half of a batch (see `alternate`). With `overlap` off
+everything is read first and then computed: the plain loop that the other is compared with. Both
+give the same bits, as each expert's output is kept until all are there and summed in one order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .. import kernels
+from ..closing import Closing
+from ..errors import MemoryBudgetError, UsageError, shown
+from ..hebf.loads import Order, hottest_bit_first, on_demand, shortest_makespan
+from ..hebf.order import hottest_first
+from ..loader.budget import format_size
+from ..loader.guard import Guard
+from ..loader.policies import ByWorth, LeastFrequentlyUsed, LeastRecentlyUsed
+from ..loader.residency import Lease, Policy, Want
+from ..loader.streaming import StreamedExperts
+from ..store import Store
+from ..types import F32, I32, Streaming
+from .costs import Profile
+
+Span = Callable[..., None]
+"""Called with a span's name, its first and last nanosecond (time.monotonic_ns), and what else is to
+be known of it."""
+
+_AT_ONCE = 8
+"""Experts computed in one go while others still wait for their room."""
+
+
+ORDERS: dict[str, Order] = {
+    "shortest": shortest_makespan,
+    "hebf": hottest_bit_first,
+    "fifo": on_demand,
+}
+
+
+def policy_named(name: str, store: Store) -> Policy:
+    """What to evict, for the experts of a store.
+
+    Raises:
+        UsageError: there is no such policy.
+    """
+    config = store.config
+    layers, experts = len(config.moe_layers), config.num_experts
+    if name == "worth":
+        levels = len(store.quant.expert_levels)
+        return ByWorth(layers, experts, levels, config.num_experts_per_tok)
+    if name == "lru":
+        return LeastRecentlyUsed(layers, experts)
+    if name == "lfu":
+        return LeastFrequentlyUsed(layers, experts)
+    raise UsageError(f"policy must be worth, lru or lfu, not {shown(name)}")
+
+
+def streamed_mixture(
+    store: Store,
+    pool: kernels.Pool,
+    budget_bytes: int,
+    level: int,
+    streaming: Streaming,
+    guard: Guard | None = None,
+    limit: float = 0.0,
+    span: Span | None = None,
+) -> StreamedMixture:
+    """All layers' experts of a store at a level (its index), streamed through so many bytes.
+
+    guard: watched before each step; None: nothing is. limit: bytes a second to read; 0: no limit.
+
+    Raises:
+        UsageError: a policy or an order that there is not.
+        MemoryBudgetError: the budget cannot hold the largest segment.
+    """
+    if streaming.order not in ORDERS:
+        raise UsageError(f"order must be {', '.join(ORDERS)}, not {shown(streaming.order)}")
+    source = StreamedExperts(
+        store, budget_bytes, policy_named(streaming.policy, store), limit=limit
+    )
+    return StreamedMixture(
+        pool,
+        source,
+        level,
+        store.quant.expert_levels,
+        ORDERS[streaming.order],
+        overlap=streaming.overlap,
+        guard=guard,
+        span=span,
+    )
+
+
+@dataclass
+class Step:
+    """A layer step under way. todo: experts not yet computed. missing: those not yet claimed, in
+    the order of their reads. leases: with the experts of each that are not yet computed."""
+
+    layer: int
+    parts: kernels.MixtureParts
+    pair_out: F32
+    counts: dict[int, int]
+    todo: list[int]
+    missing: list[int] = field(default_factory=list)
+    leases: list[tuple[Lease, set[int]]] = field(default_factory=list)
+
+
+class StreamedMixture(Closing):
+    """All layers' experts at one level, streamed.
+
+    Args:
+        pool: what computes. source: where experts come from. level: index of their level.
+        bits: of each level. order: of a layer's reads. overlap: compute while reading.
+        guard: of the ceiling; asked once a token. span: told what was done when; None: nobody asks.
+    """
+
+    def __init__(
+        self,
+        pool: kernels.Pool,
+        source: StreamedExperts,
+        level: int,
+        bits: Sequence[int],
+        order: Order,
+        *,
+        overlap: bool = True,
+        guard: Guard | None = None,
+        span: Span | None = None,
+    ) -> None:
+        self._pool, self._source, self._overlap = pool, source, overlap
+        self._guard = guard
+        self._level, self._depth, self._bits = level, level + 1, bits
+        self._order, self._span = order, span
+        self._mixtures = {
+            layer: kernels.Mixture(source.layout(layer), source.segments(layer), level)
+            for layer in source.layers
+        }
+        self._profile = Profile()
+        self._open: list[Step] = []
+        self._spare: list[F32] = []
+        self._first = min(source.layers, default=0)
+        self.wait_s = 0.0
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits used / demands."""
+        return float(self._bits[self._level])
+
+    def close(self) -> None:
+        """Stop reading and give the memory back; twice is fine."""
+        self._spare.clear()
+        self._source.close()
+
+    def __call__(self, layer: int, x: F32, ids: I32, weights: F32) -> F32:
+        """Sum over slots of weight * expert(x).
+
+        x: float32 [n, hidden]; ids, weights: [n, k]. Returns float32 [n, hidden].
+
+        Raises:
+            ChecksumError, StoreError: an expert cannot be read.
+            MemoryBudgetError: a single expert does not fit.
+        """
+        if ids.size <= kernels.AT_ONCE_PAIRS and not self._open:
+            wanted = set(ids.ravel().tolist())
+            ready = self._source.ready
+            if all(ready(layer, e) >= self._depth for e in wanted):
+                return self._at_once(layer, x, ids, weights, wanted)
+        return self.finish(self.begin(layer, x, ids, weights))
+
+    def _at_once(self, layer: int, x: F32, ids: I32, weights: F32, wanted: set[int]) -> F32:
+        """All is there and nothing can go away meanwhile: no step is open."""
+        self._source.hit(layer, [Want(e, self._depth) for e in sorted(wanted)])
+        begun = time.monotonic_ns()
+        out = self._mixtures[layer](self._pool, x, ids, weights)
+        ended = self._note("experts", begun, layer, experts=len(wanted))
+        self._profile.computed(len(wanted), ids.size, (ended - begun) / 1e9)
+        return out
+
+    def begin(self, layer: int, x: F32, ids: I32, weights: F32) -> Step:
+        """Ask for all that the layer wants; arguments as for a call, to stay as they are until
+        `finish`, and errors as of a call."""
+        source, depth = self._source, self._depth
+        experts, counts = np.unique(ids, return_counts=True)
+        wanted = dict(zip(experts.tolist(), counts.tolist(), strict=True))
+        source.observe(layer, [Want(e, depth) for e in wanted])
+        held = source.claimed(layer)
+        mixture = self._mixtures[layer]
+        pair_out = self._buffer(ids.size, mixture.hidden)
+        parts = kernels.MixtureParts(mixture, x, ids, weights, pair_out)
+        step = Step(layer, parts, pair_out, wanted, list(wanted))
+        here = [e for e in wanted if held[e] >= depth]
+        if len(here) < len(wanted):
+            step.missing = self._ordered(layer, ids, wanted, held)
+        self._open.append(step)
+        if here:
+            self._claim(step, here)
+        self._claim_missing(step)
+        return step
+
+    def finish(self, step: Step) -> F32:
+        """What the layer's experts give: float32 [n, hidden]; errors as of a call."""
+        self._complete(step)
+        begun = time.monotonic_ns()
+        out = step.parts.sum(self._pool)
+        self._note("experts", begun, step.layer)
+        self._open.remove(step)
+        self._spare.append(step.pair_out)
+        return out
+
+    def _complete(self, step: Step) -> None:
+        while step.todo:
+            while self._source.collect(wait=False):
+                pass
+            ready = [e for e in step.todo if self._source.ready(step.layer, e) >= self._depth]
+            loading = len(step.todo) - len(step.missing) - len(ready)
+            if ready and (self._overlap or not loading):
+                self._compute(step, ready[:_AT_ONCE] if step.missing else ready)
+                self._claim_missing(step)
+            elif loading:
+                self._wait(step)
+            elif not self._claim_missing(step):
+                self._make_way(step)
+
+    def _compute(self, step: Step, experts: list[int]) -> None:
+        begun = time.monotonic_ns()
+        step.parts.run(self._pool, experts)
+        ended = self._note("experts", begun, step.layer, experts=len(experts))
+        pairs = sum(step.counts[e] for e in experts)
+        self._profile.computed(len(experts), pairs, (ended - begun) / 1e9)
+        done = set(experts)
+        step.todo = [e for e in step.todo if e not in done]
+        left = []
+        for lease, open_ in step.leases:
+            open_ -= done
+            if open_:
+                left.append((lease, open_))
+            else:
+                self._source.release(lease)
+        step.leases = left
+
+    def _wait(self, step: Step) -> None:
+        begun = time.monotonic_ns()
+        self._source.collect()
+        ended = self._note("wait", begun, step.layer)
+        self.wait_s += (ended - begun) / 1e9
+
+    def _claim(self, step: Step, experts: Sequence[int]) -> bool:
+        lease = self._source.claim(step.layer, [Want(e, self._depth) for e in experts])
+        if lease is not None:
+            step.leases.append((lease, set(experts)))
+        return lease is not None
+
+    def _claim_missing(self, step: Step) -> bool:
+        """Claim what there is room for; whether anything was claimed."""
+        before = len(step.missing)
+        fits = before and self._source.fits(step.layer, self._depth, before)
+        if fits and self._claim(step, step.missing):
+            step.missing = []
+        while step.missing and self._claim(step, step.missing[:1]):
+            del step.missing[0]
+        return len(step.missing) < before
+
+    def _make_way(self, step: Step) -> None:
+        """Other steps hold what room there is: compute them first."""
+        others = [other for other in self._open if other is not step and other.todo]
+        if not others:
+            raise MemoryBudgetError(
+                f"layer {step.layer}: not even one expert at a time fits in the "
+                f"{format_size(self._source.budget_bytes)} for experts; give a larger --mem",
+                needed_bytes=0,
+                budget_bytes=self._source.budget_bytes,
+            )
+        for other in others:
+            self._complete(other)
+
+    def _ordered(self, layer: int, ids: I32, counts: dict[int, int], held: I32) -> list[int]:
+        """Experts that are missing in the order of their reads."""
+        missing = [e for e in counts if held[e] < self._depth]
+        if len({(int(held[e]), counts[e]) for e in missing}) == 1:
+            return missing  # every order takes the same time
+        demands = hottest_first(ids, np.full(ids.shape, self._level, np.int32))
+        sizes = self._source.layout(layer).segment_sizes
+        self._profile.reads(*self._source.reading())
+        costs = self._profile.costs(sizes, self._bits, self._level)
+        return list(dict.fromkeys(load.expert for load in self._order(demands, held, costs)))
+
+    def _buffer(self, rows: int, hidden: int) -> F32:
+        while self._spare:
+            buffer = self._spare.pop()
+            if len(buffer) >= rows:
+                return buffer
+        return np.empty((rows, hidden), np.float32)
+
+    def _note(self, name: str, begun: int, layer: int, **more: int) -> int:
+        ended = time.monotonic_ns()
+        if self._span is not None:
+            self._span(name, begun, ended, layer=layer, **more)
+        return ended
