@@ -23,8 +23,9 @@ from .loader import budget as memory
 from .loader.arena import Arena
 from .loader.guard import Guard
 from .loader.resident import Progress, ResidentExperts
-from .model import Span, Weights, hidden, logits
+from .model import Span, Weights, halves, hidden, layers, logits
 from .perfmodel import fit
+from .pipeline.alternate import alternate
 from .pipeline.serial import SerialExperts
 from .pipeline.streamed import StreamedMixture, streamed_mixture
 from .planning import plan
@@ -276,7 +277,19 @@ class Model(Closing):
         if self._weights is None or self._experts is None:
             raise UsageError("this model is closed: load it again")
         ids = np.asarray(tokens, np.int64)
+        if isinstance(self._experts, StreamedMixture) and self._experts.overlap and len(spans) > 1:
+            parts = [layers(self._weights, self._pool, *half) for half in halves(ids, spans)]
+            return np.concatenate(alternate(parts, self._experts))
         return hidden(self._weights, self._experts, self._pool, ids, spans)
+
+    def step(self, tokens: Sequence[int], caches: Sequence[KVCache]) -> F32:
+        """One more token of each of some sequences: logits float32 [len(tokens), vocab].
+
+        tokens: the next of each sequence, whose cache it goes to. Where experts are streamed two
+        halves of the batch alternate: one's attention runs while the other's experts are read.
+        """
+        spans = [Span(cache, 1) for cache in caches]
+        return self.forward(tokens, spans, range(len(tokens)))
 
     def logits(self, x: F32) -> F32:
         """Logits float32 [n, vocab] of rows of `hidden`."""

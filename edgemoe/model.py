@@ -116,6 +116,14 @@ def hidden(
         y = experts(*wanted)
 
 
+def halves(tokens: I64, spans: Sequence[Span]) -> list[tuple[I64, Sequence[Span]]]:
+    """A batch of several sequences as two, of about as many rows: (tokens, spans) of each."""
+    ends = np.cumsum([span.count for span in spans])
+    cut = int(np.abs(ends[:-1] - len(tokens) / 2).argmin()) + 1
+    row = int(ends[cut - 1])
+    return [(tokens[:row], spans[:cut]), (tokens[row:], spans[cut:])]
+
+
 Wanted = tuple[int, F32, I32, F32]
 """What is asked of the experts: arguments of a call of them."""
 

@@ -132,7 +132,7 @@ class StreamedMixture(Closing):
         guard: Guard | None = None,
         span: Span | None = None,
     ) -> None:
-        self._pool, self._source, self._overlap = pool, source, overlap
+        self._pool, self._source, self.overlap = pool, source, overlap
         self._guard = guard
         self._level, self._depth, self._bits = level, level + 1, bits
         self._order, self._span = order, span
@@ -218,7 +218,7 @@ class StreamedMixture(Closing):
                 pass
             ready = [e for e in step.todo if self._source.ready(step.layer, e) >= self._depth]
             loading = len(step.todo) - len(step.missing) - len(ready)
-            if ready and (self._overlap or not loading):
+            if ready and (self.overlap or not loading):
                 self._compute(step, ready[:_AT_ONCE] if step.missing else ready)
                 self._claim_missing(step)
             elif loading:
