@@ -19,7 +19,7 @@ from . import __version__
 from .cpus import BLAS_THREADS
 from .errors import EdgeMoEError
 from .terminal.bench import bench
-from .terminal.options import LEVEL, level, loading, number
+from .terminal.options import LEVEL, level, loading, number, sampling
 
 
 @click.group(
@@ -73,43 +73,7 @@ Examples:
     help="Most tokens of prompt and answer together.  [default: what they need, in steps of 256; "
     "interactive 4096; at most the model's]",
 )
-@click.option(
-    "--temp",
-    "temperature",
-    callback=number(0, 100),
-    metavar="X",
-    help="Temperature; 0 always takes the likeliest token.",
-)
-@click.option(
-    "--top-k",
-    callback=number(0, 2**31 - 1, whole=True),
-    metavar="N",
-    help="Draw from the N likeliest tokens; 0 from all.",
-)
-@click.option(
-    "--top-p",
-    callback=number(0, 1, above=True),
-    metavar="X",
-    help="Draw from the likeliest tokens that sum to this probability.",
-)
-@click.option(
-    "--min-p",
-    callback=number(0, 1),
-    metavar="X",
-    help="Drop tokens below this share of the likeliest one's probability.",
-)
-@click.option(
-    "--repeat-penalty",
-    callback=number(0, 100, above=True),
-    metavar="X",
-    help="Above 1 makes the last 64 tokens less likely.",
-)
-@click.option(
-    "--seed",
-    callback=number(0, 2**64 - 1, whole=True),
-    metavar="N",
-    help="Equal seeds give equal texts.  [default: a fresh one, printed]",
-)
+@sampling
 @click.option(
     "--stop",
     multiple=True,
@@ -126,6 +90,11 @@ Examples:
     "--logits-hash",
     is_flag=True,
     help="Print a hash of all logits; equal over threads and batches.",
+)
+@click.option(
+    "--trace",
+    metavar="FILE",
+    help="Write what was computed, read and waited for, and when: a Chrome trace.",
 )
 def run(
     model_arg: str | None,
@@ -151,11 +120,8 @@ def run(
     from .terminal import run as running
     from .terminal.session import RunOptions
 
-    sampling = {
-        name: settings.pop(name)
-        for name in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
-    }
-    given = {name: value for name, value in sampling.items() if value is not None}
+    names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
+    given = {name: value for name in names if (value := settings.pop(name)) is not None}
     options = RunOptions(model=which, prompt=text, sampling=given, **settings)
     return running.run(options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -23,16 +24,17 @@ from .loader import budget as memory
 from .loader.arena import Arena
 from .loader.guard import Guard
 from .loader.resident import Progress, ResidentExperts
-from .model import Span, Weights, halves, hidden, layers, logits
+from .model import Span, Weights, halves, layers, logits
 from .perfmodel import fit
-from .pipeline.alternate import alternate
+from .pipeline.drive import alone, alternate
 from .pipeline.serial import SerialExperts
 from .pipeline.streamed import StreamedMixture, streamed_mixture
+from .pipeline.timeline import Timeline
 from .planning import plan
 from .sampling import SamplingParams, from_generation_config
 from .store import Store
 from .tokenizer import Tokenizer
-from .types import F32, I64, ModelConfig, RunPlan, Stats, Streaming
+from .types import F32, I64, ModelConfig, RunPlan, Stats, Streaming, Traffic, Usage
 from .weights import from_store
 
 DEFAULT_CTX = 4096
@@ -117,13 +119,13 @@ def load(
     ctx_size: int | None = None,
     threads: int | None = None,
     kv_type: str = "f16",
-    progress: Progress | None = None,
-    reserve: int = 0,
-    exact: bool = False,
     cache: str | int | None = None,
     io_limit: float | None = None,
-    sequences: int = 1,
+    exact: bool = False,
     streaming: Streaming = DEFAULT_STREAMING,
+    sequences: int = 1,
+    progress: Progress | None = None,
+    reserve: int = 0,
 ) -> Model:
     """Load a store (None: the bundled model) under a memory ceiling.
 
@@ -137,13 +139,14 @@ def load(
         ctx_size: most tokens of prompt and answer together; None: the model's own, at most 4096.
         threads: worker threads; None: one for each performance core this process may use.
         kv_type: what keys and values are kept as: "f16", or "int8", which takes half as much.
+        cache: memory for experts alone, "1G" or bytes, through which they are streamed; None: what
+            the ceiling leaves. The ceiling holds all the same.
+        io_limit: bytes a second that reading experts may take; None: no limit.
+        exact: never lower the level to make all experts fit: it is `bits`, or the highest there is.
+        streaming: how experts that do not all fit are read.
+        sequences: contexts kept at once (see `Model.step`).
         progress: called with (bytes read, bytes in all) while experts are read.
         reserve: bytes under the ceiling that the caller will use itself.
-        exact: never lower the level to make all experts fit: it is `bits`, or the highest there is.
-        cache: memory for experts alone, which are then streamed; None: what is left.
-        io_limit: bytes a second that reading experts may take; None: no limit.
-        sequences: contexts that are kept at once.
-        streaming: how experts that do not all fit are streamed.
 
     Raises:
         UsageError: a setting out of range. StoreError: the store cannot be used.
@@ -239,6 +242,8 @@ class Model(Closing):
         self.generation_defaults = opened.generation_defaults
         self.store_path, self.plan = opened.path, plan
         self._opened = opened
+        self._timeline = None if streaming.trace is None else Timeline(streaming.trace)
+        span = None if self._timeline is None else self._timeline.add
         quant = opened.store.quant
         self._pool = kernels.new_pool(plan.threads)
         store, budget = opened.store, plan.budget
@@ -250,19 +255,23 @@ class Model(Closing):
         if plan.streamed:
             guard = Guard(budget.ceiling, budget.margin)
             self._experts = streamed_mixture(
-                store, self._pool, budget.experts, level, streaming, guard, io_limit
+                store, self._pool, budget.experts, level, streaming, guard, io_limit, span
             )
         else:
             resident = ResidentExperts(store, arena, level, progress)
-            self._experts = SerialExperts(self._pool, resident)
+            self._experts = SerialExperts(self._pool, resident, span)
+        self._traffic = Traffic()  # of a model that was closed
         self._busy = False
 
     def close(self) -> None:
         """Give the weights' memory back and close the store; twice is fine."""
         if self._experts is not None:
+            self._traffic = self._experts.traffic
             self._experts.close()
         self._weights = self._experts = None
         self._opened.close()
+        if self._timeline is not None:
+            self._timeline.close()
 
     def new_cache(self) -> KVCache:
         """An empty KV cache of this model's context size."""
@@ -277,10 +286,11 @@ class Model(Closing):
         if self._weights is None or self._experts is None:
             raise UsageError("this model is closed: load it again")
         ids = np.asarray(tokens, np.int64)
+        span = None if self._timeline is None else self._timeline.add
         if isinstance(self._experts, StreamedMixture) and self._experts.overlap and len(spans) > 1:
             parts = [layers(self._weights, self._pool, *half) for half in halves(ids, spans)]
-            return np.concatenate(alternate(parts, self._experts))
-        return hidden(self._weights, self._experts, self._pool, ids, spans)
+            return np.concatenate(alternate(parts, self._experts, span))
+        return alone(layers(self._weights, self._pool, ids, spans), self._experts, span)
 
     def step(self, tokens: Sequence[int], caches: Sequence[KVCache]) -> F32:
         """One more token of each of some sequences: logits float32 [len(tokens), vocab].
@@ -295,7 +305,11 @@ class Model(Closing):
         """Logits float32 [n, vocab] of rows of `hidden`."""
         if self._weights is None:
             raise UsageError("this model is closed: load it again")
-        return logits(self._weights, self._pool, x)
+        begun = time.monotonic_ns()
+        out = logits(self._weights, self._pool, x)
+        if self._timeline is not None:
+            self._timeline.add("head", begun, time.monotonic_ns())
+        return out
 
     def stream(
         self,
@@ -352,7 +366,7 @@ class Model(Closing):
             stop=stop,
             eos_token_ids=self.config.eos_token_ids,
             logits_hash=logits_hash,
-            measure=self._measure,
+            measure=self.usage,
             release=self._release,
         )
 
@@ -363,9 +377,14 @@ class Model(Closing):
                 pass
         return Completion.of(generation)
 
-    def _measure(self) -> tuple[int, int, float]:
-        mean_bits = 0.0 if self._experts is None else self._experts.mean_bits
-        return memory.peak_rss_bytes(), self.plan.budget.ceiling, mean_bits
+    def usage(self) -> Usage:
+        """Memory used so far, and the traffic of the experts since this model was loaded."""
+        return Usage(
+            peak_rss_bytes=memory.peak_rss_bytes(),
+            mem_budget_bytes=self.plan.budget.ceiling,
+            cache_bytes=self.plan.budget.experts,
+            traffic=self._traffic if self._experts is None else self._experts.traffic,
+        )
 
     def _release(self) -> None:
         self._busy = False

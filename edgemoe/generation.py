@@ -12,7 +12,7 @@ import numpy as np
 from .closing import Closing
 from .sampling import REPEAT_WINDOW, Sampler, SamplingParams
 from .tokenizer import Tokenizer
-from .types import F32, Stats
+from .types import F32, Stats, Usage
 
 
 class Sequencer(Protocol):
@@ -89,7 +89,7 @@ class Generation(Closing):
         stop: Sequence[str],
         eos_token_ids: Sequence[int],
         logits_hash: bool,
-        measure: Callable[[], tuple[int, int, float]],
+        measure: Callable[[], Usage],
         release: Callable[[], None],
     ) -> None:
         self.prompt_ids = list(prompt_ids)
@@ -104,6 +104,8 @@ class Generation(Closing):
         self._max_tokens = max_tokens
         self._hash = hashlib.sha256() if logits_hash else None
         self._measure = measure
+        self._before = measure().traffic
+        self._after: Usage | None = None
         self._release: Callable[[], None] | None = release
         self._prefill_s = self._decode_s = self._ttft_s = 0.0
         self._steps = 0
@@ -129,16 +131,25 @@ class Generation(Closing):
     @property
     def stats(self) -> Stats:
         """What this generation did so far."""
-        peak, budget, mean_bits = self._measure()
+        used = self._after or self._measure()
+        traffic = used.traffic - self._before
+        tokens = len(self.prompt_ids) + len(self.token_ids)
         return Stats(
             prompt_tokens=len(self.prompt_ids),
             generated_tokens=len(self.token_ids),
             prefill_tok_s=len(self.prompt_ids) / self._prefill_s if self._prefill_s else 0.0,
             decode_tok_s=self._steps / self._decode_s if self._decode_s else 0.0,
             ttft_s=self._ttft_s,
-            peak_rss_bytes=peak,
-            mem_budget_bytes=budget,
-            mean_bits=mean_bits,
+            peak_rss_bytes=used.peak_rss_bytes,
+            mem_budget_bytes=used.mem_budget_bytes,
+            cache_bytes=used.cache_bytes,
+            mean_bits=traffic.mean_bits,
+            gate_weighted_bits=traffic.gate_weighted_bits,
+            bytes_read=traffic.bytes_read,
+            bytes_read_per_token=traffic.bytes_read / tokens,
+            hit_rate=traffic.hit_rate,
+            unhidden_wait_s=traffic.wait_s,
+            evictions=traffic.evictions,
             stop_reason=self.stop_reason,
         )
 
@@ -148,6 +159,7 @@ class Generation(Closing):
         if self._release is not None:
             self._release()
             self._release = None
+            self._after = self._measure()
 
     def _run(self) -> Generator[str, None, None]:
         try:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .errors import UsageError, shown
 
 F32: TypeAlias = NDArray[np.float32]
 F64: TypeAlias = NDArray[np.float64]
@@ -18,6 +21,12 @@ U64: TypeAlias = NDArray[np.uint64]
 
 LEVELS = (2, 3, 4, 6, 8)
 """Bit-widths a store can be read at; each is a prefix of the next."""
+
+POLICIES = ("worth", "lru", "lfu")
+"""What decides which segments of experts stay in memory (loader/policies.py)."""
+
+ORDERS = ("shortest", "hebf", "fifo")
+"""In which order a layer's missing segments are read (hebf/loads.py)."""
 
 
 @dataclass(frozen=True)
@@ -181,19 +190,93 @@ class RunPlan:
 class Streaming:
     """How experts are streamed where they do not all fit.
 
-    policy: what goes when room is needed: "worth", edgemoe's own, or "lru" or "lfu", what others
-    do. order: of a layer's reads: "shortest" (the layer is done soonest), "hebf" (D2MoE's) or
-    "fifo". overlap: compute while reading; else first one, then the other.
+    policy: one of POLICIES. order: one of ORDERS. overlap: compute while reading; False: read what
+    a layer needs, then compute it. trace: a Chrome trace of the run to be written
+    (pipeline/timeline.py), or None; also where all experts fit.
+
+    Raises:
+        UsageError: an unknown policy or order.
     """
 
     policy: str = "worth"
     order: str = "shortest"
     overlap: bool = True
+    trace: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("policy", self.policy, POLICIES),
+            ("order", self.order, ORDERS),
+        ):
+            if value not in known:
+                raise UsageError(f"{name} must be one of {', '.join(known)}, not {shown(value)}")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Counters of the mixture part since a model was loaded; `b - a` is what came between.
+
+    A demand is a (token, slot) pair. wanted_bytes counts, for each layer step, the segments of the
+    experts it wants, each once; missed_bytes those of them that had to be read.
+
+    demands: how many. bits: sum over demands of the bits they were computed at. gates, gated_bits:
+    sums of gate weights, and of gate weight * bits. bytes_read: from the file. evictions: segments
+    that went. wait_s: seconds in which nothing was computed because something was being read.
+    """
+
+    demands: int = 0
+    bits: int = 0
+    gates: float = 0.0
+    gated_bits: float = 0.0
+    wanted_bytes: int = 0
+    missed_bytes: int = 0
+    bytes_read: int = 0
+    evictions: int = 0
+    wait_s: float = 0.0
+
+    def __sub__(self, earlier: Traffic) -> Traffic:
+        names = [f.name for f in fields(self)]
+        return Traffic(**{name: getattr(self, name) - getattr(earlier, name) for name in names})
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits used / demands; 0 without demands."""
+        return self.bits / self.demands if self.demands else 0.0
+
+    @property
+    def gate_weighted_bits(self) -> float:
+        """The same with each demand counting by its gate weight."""
+        return self.gated_bits / self.gates if self.gates else 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the wanted bytes that were there; 1 if nothing was wanted."""
+        return 1 - self.missed_bytes / self.wanted_bytes if self.wanted_bytes else 1.0
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a loaded model has used so far: bytes, and the traffic of its experts.
+
+    peak_rss_bytes: of the process. mem_budget_bytes: the ceiling. cache_bytes: memory for experts,
+    the arena's budget, or the size of them all where everything is resident.
+    """
+
+    peak_rss_bytes: int
+    mem_budget_bytes: int
+    cache_bytes: int
+    traffic: Traffic
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What one generation did. Rates are tokens a second, times seconds, sizes bytes."""
+    """What one generation did. Rates are tokens a second, times seconds, sizes bytes.
+
+    mean_bits: bits used / demands (token, slot); gate_weighted_bits: the same by gate weight.
+    bytes_read: from the store, and for each prompt or generated token. hit_rate: share of the bytes
+    wanted that were in memory. unhidden_wait_s: in which nothing was computed because something was
+    being read. evictions: segments that left memory. cache_bytes: memory for experts.
+    """
 
     prompt_tokens: int
     generated_tokens: int
@@ -202,5 +285,12 @@ class Stats:
     ttft_s: float
     peak_rss_bytes: int
     mem_budget_bytes: int
+    cache_bytes: int
     mean_bits: float
+    gate_weighted_bits: float
+    bytes_read: int
+    bytes_read_per_token: float
+    hit_rate: float
+    unhidden_wait_s: float
+    evictions: int
     stop_reason: str

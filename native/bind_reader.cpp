@@ -71,6 +71,14 @@ struct Reader {
         return nb::make_tuple(status, waited != 0);
     }
 
+    int cancel_all() {
+        std::vector<uint64_t> tags(memory.size());
+        size_t n = 0;
+        const int status = em_reader_cancel_all(r, tags.data(), tags.size(), &n);
+        for (size_t i = 0; i < n; i++) memory.erase(tags[i]);
+        return status;
+    }
+
     nb::tuple reprioritise(uint64_t tag, int64_t priority) {
         int waited = 0;
         const int status = em_reader_reprioritise(r, tag, priority, &waited);
@@ -91,7 +99,8 @@ struct Reader {
             if (status != EM_READER_TIMEOUT || seconds <= 0) break;
             if (PyErr_CheckSignals()) throw nb::python_error();
         }
-        return nb::make_tuple(status, done.tag, done.status, done.error, done.at);
+        return nb::make_tuple(status, done.tag, done.status, done.error, done.at, done.begun_ns,
+                              done.ended_ns);
     }
 
     nb::dict stats() {
@@ -132,6 +141,7 @@ void bind_reader(nb::module_ &m) {
              "depth"_a, "capacity"_a, "direct"_a, "chunk"_a, "bytes_per_second"_a)
         .def("submit", &Reader::submit, "memory"_a.noconvert(), "reads"_a.noconvert(), "priority"_a)
         .def("cancel", &Reader::cancel, "tag"_a)
+        .def("cancel_all", &Reader::cancel_all)
         .def("reprioritise", &Reader::reprioritise, "tag"_a, "priority"_a)
         .def("wait", &Reader::wait, "tag"_a.none(), "seconds"_a)
         .def("stats", &Reader::stats)

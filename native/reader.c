@@ -22,6 +22,14 @@ uint64_t em_now_ns(void) {
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
+uint64_t em_monotonic_ns(void) {
+#ifdef __APPLE__
+    return clock_gettime_nsec_np(CLOCK_UPTIME_RAW);
+#else
+    return em_now_ns();
+#endif
+}
+
 void em_list_remove(em_request *q) {
     q->prev->next = q->next;
     q->next->prev = q->prev;
@@ -141,6 +149,40 @@ int em_reader_cancel(em_reader *r, uint64_t tag, int *waited) { return withdraw(
 
 int em_reader_reprioritise(em_reader *r, uint64_t tag, int64_t priority, int *waited) {
     return withdraw(r, tag, waited, &priority);
+}
+
+/* What is not in flight of a read that has been begun will not be read. */
+static void cut_short(em_reader *r, em_request *q) {
+    const uint64_t at = q->want.offset + q->taken;
+    em_list_remove(q);
+    q->queued = 0;
+    q->done.status = EM_READ_FAILED;
+    q->done.error = ECANCELED;
+    q->done.at = at;
+    if (q->open) return; /* reported when that has landed */
+    q->state = EM_DONE;
+    em_list_append(&r->finished, q);
+}
+
+int em_reader_cancel_all(em_reader *r, uint64_t *tags, size_t most, size_t *n) {
+    *n = 0;
+    pthread_mutex_lock(&r->lock);
+    const int status = r->closed ? EM_READER_CLOSED : EM_READER_OK;
+    em_request *next;
+    for (em_request *q = r->waiting.next; !status && q != &r->waiting; q = next) {
+        next = q->next;
+        if (q->state == EM_STARTED) {
+            cut_short(r, q);
+        } else if (*n < most) {
+            tags[(*n)++] = q->want.tag;
+            em_list_remove(q);
+            r->untouched--;
+            forget(r, q);
+        }
+    }
+    pthread_cond_broadcast(&r->done);
+    pthread_mutex_unlock(&r->lock);
+    return status;
 }
 
 int em_reader_wait(em_reader *r, const uint64_t *tag, double seconds, em_read_done *out) {

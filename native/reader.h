@@ -52,6 +52,9 @@ typedef struct {
     int status;
     int error;   /* errno, if failed */
     uint64_t at; /* where in the file the read failed, or the file ends */
+    /* When the first read of the file that served it began and the last ended, on the clock of Python's
+     * time.monotonic_ns. */
+    uint64_t begun_ns, ended_ns;
 } em_read_done;
 
 typedef struct {
@@ -92,6 +95,11 @@ int em_reader_submit(em_reader *r, const em_read *reads, size_t n, int64_t prior
  * as before and will be reported: *waited = 0. */
 int em_reader_cancel(em_reader *r, uint64_t tag, int *waited);
 int em_reader_reprioritise(em_reader *r, uint64_t tag, int64_t priority, int *waited);
+
+/* Takes back the reads of which nothing has been read yet, `most` at most, and tells their tags and how many
+ * they are. Those that have been begun are reported as ever, but what of them is not in flight is not read:
+ * they have failed with ECANCELED, unless nothing is missing. */
+int em_reader_cancel_all(em_reader *r, uint64_t *tags, size_t most, size_t *n);
 
 /* The read with this tag, or with tag NULL any, is waited for and collected; 0 seconds: only if it is done.
  */

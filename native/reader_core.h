@@ -101,7 +101,8 @@ struct em_reader {
     em_reader_stats stats;
 };
 
-uint64_t em_now_ns(void);
+uint64_t em_now_ns(void);       /* the clock of timed waits */
+uint64_t em_monotonic_ns(void); /* that of Python's time.monotonic_ns: the same on Linux */
 void em_list_remove(em_request *q);
 void em_list_append(em_request *head, em_request *q);
 

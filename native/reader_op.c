@@ -58,6 +58,7 @@ static void take_part(em_reader *r, em_op *op, em_request *q, uint64_t size) {
     op->part[op->parts++] = (em_part){q, q->taken, size};
     if (q->state == EM_WAITING) {
         q->state = EM_STARTED;
+        q->done.begun_ns = em_monotonic_ns();
         r->untouched--;
     }
     q->taken += size;
@@ -198,6 +199,8 @@ int em_op_result(em_reader *r, em_op *op, ssize_t got) {
 
 void em_op_landed(em_reader *r, em_op *op) {
     pthread_mutex_lock(&r->lock);
+    const uint64_t now = em_monotonic_ns();
+    for (int i = 0; i < op->parts; i++) op->part[i].request->done.ended_ns = now;
     op->begun_ns = 0;
     if (!--r->in_flight) r->busy_ns += em_now_ns() - r->busy_since_ns;
     if (r->waiting.next != &r->waiting) pthread_cond_signal(&r->work);

@@ -21,7 +21,7 @@ from edgemoe import kernels
 from edgemoe.bench import bench
 from edgemoe.bench.machine import OtherPrograms, cpu_name
 from edgemoe.bench.measure import Workload, feed
-from edgemoe.bench.result import Round, decoding, prefilling, rates, versus
+from edgemoe.bench.result import Reading, Round, decoding, prefilling, rates, versus
 from edgemoe.bench.timing import Spread, Timing
 from edgemoe.bench.tokens import token_stream
 from edgemoe.bench.traffic import bytes_read, gguf_traffic, products, traffic
@@ -165,6 +165,8 @@ def test_rates_shares_and_ratios() -> None:
     rounds = [
         Round(
             Timing(p, (d / 2, d / 2)),
+            prefill=Reading(0, 1.0, 0.0),
+            decode=Reading(0, 1.0, 0.0),
             stream_bytes_s=10e9,
             int8_peak=100e9,
             theirs={"a": Timing(6.0, (3.0,)), "b": Timing(3.0, (6.0,))},
@@ -262,7 +264,8 @@ def test_json(store: Path) -> None:
     assert code == 0 and out.count("\n") == 1, err
     got = json.loads(out)
     assert set(got) == {
-        "model", "machine", "bits", "dense_bits", "kv_type", "prompt_tokens", "generated_tokens",
+        "model", "machine", "bits", "dense_bits", "kv_type", "read_settings", "prompt_tokens",
+        "generated_tokens",
         "tokens", "prefill", "decode", "bytes_per_token", "products_per_token", "memory",
         "llama_cpp", "others_cpus", "rounds",
     }  # fmt: skip

@@ -26,10 +26,13 @@ from cli_model import (
 import edgemoe
 from edgemoe import cli, kernels
 from edgemoe.errors import UsageError
+from edgemoe.loader.resident import expert_bytes
+from edgemoe.store import Store
 from edgemoe.terminal import options
+from edgemoe.terminal.bench import bench
 from edgemoe.terminal.model_path import sort_arguments
 from edgemoe.terminal.session import RunOptions
-from edgemoe.types import LEVELS
+from edgemoe.types import LEVELS, ORDERS, POLICIES, Streaming
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +108,8 @@ def test_every_option_reaches_the_run(monkeypatch: pytest.MonkeyPatch, store: Pa
 
     monkeypatch.setattr("edgemoe.terminal.run.run", record)
     line = (
-        "--raw --mem 3G --bits 3 --dense-bits 4 -n 7 -c 99 -t 2 --kv-type int8 --temp 0.5 "
+        "--raw --mem 3G --cache 1G --bits 3 --dense-bits 4 --exact --io-limit 1.5 --trace t.json "
+        "-n 7 -c 99 -t 2 --kv-type int8 --temp 0.5 "
         "--top-k 9 --top-p 0.9 --min-p 0.1 --repeat-penalty 1.2 --seed 5 --stop A --stop B --json "
         "--logits-hash"
     )
@@ -113,7 +117,8 @@ def test_every_option_reaches_the_run(monkeypatch: pytest.MonkeyPatch, store: Pa
     sampling = {"temperature": 0.5, "top_k": 9, "top_p": 0.9, "min_p": 0.1}
     assert seen == [
         RunOptions(
-            model=str(store), prompt="hello", raw=True, mem="3G", bits=3, dense_bits=4,
+            model=str(store), prompt="hello", raw=True, mem="3G", cache="1G", bits=3, dense_bits=4,
+            exact=True, io_limit=1.5e6, trace="t.json",
             max_tokens=7, ctx_size=99, threads=2, kv_type="int8",
             sampling=sampling | {"repeat_penalty": 1.2, "seed": 5},
             stop=("A", "B"), as_json=True, logits_hash=True,
@@ -153,8 +158,15 @@ def test_ranges_of_options_and_sampling_agree() -> None:
 
 
 def test_constants_that_are_spelled_twice() -> None:
-    """The command line imports neither NumPy nor kernels, so it repeats two of their figures."""
+    """The command line imports neither NumPy nor kernels, so it repeats some of their figures."""
     assert tuple(map(str, LEVELS)) == options._LEVELS
+    for option, known, default in (
+        ("--policy", POLICIES, Streaming().policy),
+        ("--order", ORDERS, Streaming().order),
+    ):
+        param = next(p for p in bench.params if option in p.opts)
+        assert isinstance(param.type, click.Choice)
+        assert (tuple(param.type.choices), param.default) == (known, default)
     threads = next(p for p in cli.run.params if "--threads" in p.opts)
     assert threads.callback is not None
     context = click.Context(cli.run)
@@ -229,13 +241,16 @@ def test_json_is_one_object_with_the_promised_keys(store: Path) -> None:
     result = json.loads(out)
     assert set(result) == {
         "text", "prompt_tokens", "generated_tokens", "prefill_tok_s", "decode_tok_s", "ttft_s",
-        "peak_rss_bytes", "mem_budget_bytes", "mean_bits", "stop_reason", "bits", "dense_bits",
-        "ctx_size", "threads", "kv_type",
+        "peak_rss_bytes", "mem_budget_bytes", "cache_bytes", "mean_bits", "gate_weighted_bits",
+        "bytes_read", "bytes_read_per_token", "hit_rate", "unhidden_wait_s", "evictions",
+        "stop_reason", "bits", "dense_bits", "ctx_size", "threads", "kv_type",
     }  # fmt: skip
     assert result["generated_tokens"] == 6 and result["stop_reason"] == "length"
     assert result["mem_budget_bytes"] == 400 * 1024**2
     assert 0 < result["peak_rss_bytes"] <= result["mem_budget_bytes"]
-    assert result["bits"] == result["mean_bits"] == 8
+    assert result["bits"] == result["mean_bits"] == result["gate_weighted_bits"] == 8
+    assert (result["bytes_read"], result["hit_rate"], result["evictions"]) == (0, 1.0, 0)
+    assert 0 < result["cache_bytes"] < result["peak_rss_bytes"]
     assert min(result[k] for k in ("prefill_tok_s", "decode_tok_s", "ttft_s")) > 0
     assert FIGURES.fullmatch(err.splitlines()[-1])
 
@@ -293,12 +308,11 @@ def test_bits_are_the_most_that_fit(large: Path, tmp_path: Path) -> None:
     """A ceiling between what two levels need gives the lower one, and it is held."""
     big = tmp_path / "big.emoe"
     edgemoe.convert(large, big)
-    needs = {}
-    for bits in (4, 8):
-        _, _, err = run("run", big, "hi", "-n", "4", "--mem", "1M", "--bits", bits)
-        needs[bits] = int(err.split("give --mem ")[1].split("M")[0])
-    assert needs[4] + 8 < needs[8]
-    mem = f"{(needs[4] + needs[8]) // 2}M"
+    _, _, err = run("run", big, "hi", "-n", "4", "--mem", "1M", "--bits", 4)
+    least = int(err.split("give --mem ")[1].split("M")[0])
+    with Store.open(big) as store:
+        experts = expert_bytes(store, store.quant.levels.index(4)) >> 20
+    mem = f"{least + experts - 10}M"  # streaming needs 12 MiB itself
     _, out, err = run("run", big, "hi", "-n", "4", "--mem", mem, "--json")
     result = json.loads(out)
     assert result["bits"] in (4, 6) and "(the most that fit)" in err

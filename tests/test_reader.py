@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import re
@@ -134,8 +135,28 @@ def test_what_is_wrong_is_told_of_each_read(open_reader: Open, path: Path) -> No
         r.submit(memory, reads)
         landed = collect(r)
     assert landed[0].status == landed[3].status == reader.OK
-    assert landed[1] == Landed(1, reader.DAMAGED, 0, 8192)
-    assert landed[2] == Landed(2, reader.TRUNCATED, 0, SIZE)
+    assert landed[1][:4] == (1, reader.DAMAGED, 0, 8192)
+    assert landed[2][:4] == (2, reader.TRUNCATED, 0, SIZE)
+
+
+def test_when_reads_ran(open_reader: Open, path: Path) -> None:
+    """On the clock of time.monotonic_ns, from the first piece of each to its last."""
+    reads, size = table(path, [(0, 4 * BLOCK), (20 * BLOCK, 100), (30 * BLOCK, 100)], BLOCK)
+    reads[2, 2] ^= 1  # damaged ones have times, too
+    memory = aligned(size)
+    # one at a time, the second and third 4 blocks' time after the first
+    with open_reader(depth=1, chunk=BLOCK, bytes_per_second=4 * BLOCK / 0.2) as r:
+        r.wait(seconds=0)
+        before = time.monotonic_ns()
+        r.submit(memory, reads)
+        landed = collect(r)
+        after = time.monotonic_ns()
+    assert landed[2].status == reader.DAMAGED
+    times = [t for i in range(3) for t in landed[i][4:]]
+    assert [before, *times, after] == sorted([before, *times, after])
+    assert all(r.begun_ns < r.ended_ns for r in landed.values())
+    assert landed[1].begun_ns - landed[0].begun_ns > 0.15e9
+    assert landed[0].ended_ns - landed[0].begun_ns < landed[1].begun_ns - landed[0].begun_ns
 
 
 def test_waiting_reads_are_moved_and_taken_back(open_reader: Open, path: Path) -> None:
@@ -165,6 +186,35 @@ def test_waiting_reads_are_moved_and_taken_back(open_reader: Open, path: Path) -
     with pytest.raises(UsageError, match="closed"):
         r.submit(memory, reads)
     r.close()
+
+
+def test_all_that_can_be_is_taken_back(open_reader: Open, path: Path) -> None:
+    """Those that wait are forgotten; of one that was begun the rest is not read."""
+    reads, size = table(path, [(0, 100), (20 * BLOCK, 3 * BLOCK), (30 * BLOCK, 100)], BLOCK)
+    memory = aligned(size)
+    alive = weakref.ref(memory)
+    with open_reader(depth=1, chunk=BLOCK, bytes_per_second=BLOCK / 0.4) as r:
+        r.submit(memory, reads)
+        while r.stats()["reads"] + r.stats()["in_flight"] < 2:
+            time.sleep(0.01)
+        r.cancel_all()
+        landed = collect(r)
+        assert r.stats()["waiting"] == r.stats()["in_flight"] == 0
+        assert list(landed) == [0, 1]
+        assert landed[0].status == reader.OK
+        if landed[1].status == reader.OK:  # begun, there, is as good as done
+            assert dispatch.native.__name__.endswith("numba_backend")
+        else:
+            assert landed[1][1:4] == (reader.FAILED, errno.ECANCELED, 21 * BLOCK)
+            assert landed[1].begun_ns < landed[1].ended_ns
+        with pytest.raises(UsageError, match="no read has the tag 2"):
+            r.wait(2)
+        del memory
+        gc.collect()
+        assert alive() is None
+        r.cancel_all()
+    with pytest.raises(UsageError, match="closed"):
+        r.cancel_all()
 
 
 def test_order_is_that_of_priorities(open_reader: Open, path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from residency_arena import EXPERTS, LAYERS, LEVELS, SIZES, TOP_K, Arena
 
 from edgemoe.errors import MemoryBudgetError, UsageError
 from edgemoe.loader import policies
@@ -20,8 +21,6 @@ from edgemoe.loader.policies import (
 )
 from edgemoe.loader.residency import Lease, Policy, Residency, Segment, Want
 
-LAYERS, EXPERTS, LEVELS, TOP_K = 3, 6, 3, 2
-SIZES = [[100, 51, 49], [70, 40, 30], [100, 51, 49]]
 BITS = (2, 3, 4)
 
 MAKERS: dict[str, Callable[[], Policy]] = {
@@ -47,36 +46,6 @@ def step(cache: Residency, layer: int, *wants: tuple[int, int]) -> Lease:
 
 def one_layer(budget: int, policy: Policy | None = None) -> Residency:
     return Residency([[100, 50, 50]], EXPERTS, budget, policy or LeastRecentlyUsed(1, EXPERTS))
-
-
-class Arena:
-    """What a loader would hold if it did as it is told; complains where it could not."""
-
-    def __init__(self, budget: int) -> None:
-        self.there: dict[Segment, bool] = {}  # whether it has landed
-        self.budget = budget
-
-    def bytes(self) -> int:
-        return sum(SIZES[s.layer][s.level] for s in self.there)
-
-    def take(self, lease: Lease, held: list[Lease]) -> None:
-        for gone in lease.evict:
-            assert self.there.pop(gone), "evicted while on its way"
-            assert gone._replace(level=gone.level + 1) not in self.there, "not from the top"
-            for other in [*held, lease]:
-                for want in other.wants:
-                    assert (gone.layer, gone.expert) != (other.layer, want.expert) or (
-                        gone.level >= want.depth
-                    ), "evicted in use"
-        for new in lease.load:
-            assert new not in self.there
-            assert not new.level or new._replace(level=new.level - 1) in self.there
-            self.there[new] = False
-            assert self.bytes() <= self.budget
-        for want in lease.wants:
-            assert all(
-                Segment(lease.layer, want.expert, i) in self.there for i in range(want.depth)
-            )
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -161,7 +130,7 @@ def test_by_worth_against_its_definition(weighted: bool) -> None:
             if weighted:
                 want *= worth.mean() / worth[owner, expert, depth - 1]
             assert rating[at] == pytest.approx(want, rel=1e-4)
-            assert policy.drop_one(layer, at, depth) == pytest.approx(rating[at])
+            assert policy.drop_each(layer, at, depth)[depth] == pytest.approx(rating[at])
 
 
 def test_a_cycle_larger_than_the_cache() -> None:
@@ -234,6 +203,9 @@ def test_misuse_is_an_error() -> None:
     cache = one_layer(400)
     with pytest.raises(UsageError, match="wanted twice"):
         cache.acquire(0, [Want(0, 2), Want(0, 1)])
+    with pytest.raises(UsageError, match="nothing of an expert is wanted"):
+        cache.acquire(0, [Want(0, 2), Want(1, 0)])
+    assert cache.used_bytes == 0
     for worth in (0.0, -1.0, np.nan, np.inf):
         with pytest.raises(UsageError, match="worth: give finite"):
             ByWorth(1, EXPERTS, 3, 1, worth)

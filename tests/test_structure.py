@@ -15,7 +15,7 @@ PACKAGE = Path(edgemoe.__file__).parent
 
 # A module may import only from lower ranks; equal ranks only where ALLOWED names the pair.
 RANK = {
-    "errors": 0,
+    "errors": -1,
     "closing": 0,
     "types": 0,
     "cpus": 0,

@@ -6,18 +6,17 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
 from .. import kernels
-from ..engine import Model, OpenedModel, load, open_model
+from ..engine import DEFAULT_STREAMING, Model, OpenedModel, load, open_model
 from ..errors import UsageError, shown
-from ..loader.budget import peak_rss_bytes
 from ..model import Span
-from ..types import I64
+from ..types import I64, Streaming, Traffic
 from .llamacpp import LlamaCpp
 from .machine import STREAM_BYTES, Limits, OtherPrograms, cpu_name
 from .result import (
@@ -25,6 +24,8 @@ from .result import (
     LlamaCppBench,
     Machine,
     Memory,
+    Reading,
+    ReadSettings,
     Round,
     Theirs,
     decoding,
@@ -71,6 +72,10 @@ def bench(
     dense_bits: int | None = None,
     threads: int | None = None,
     kv_type: str = "f16",
+    cache: str | int | None = None,
+    io_limit: float | None = None,
+    exact: bool = False,
+    streaming: Streaming = DEFAULT_STREAMING,
     gguf: str | os.PathLike[str] | None = None,
     llama_python: str | None = None,
     progress: Progress | None = None,
@@ -83,7 +88,8 @@ def bench(
         prompt_tokens, generated_tokens: of a round; 0 leaves that part out.
         rounds: that are counted.
         steps: feed 0, 1, 2, ... modulo this instead of words' frequencies.
-        mem, bits, dense_bits, threads, kv_type: as `engine.load`; llama.cpp's memory is its own.
+        mem, bits, dense_bits, threads, kv_type, cache, io_limit, exact, streaming: as
+            `engine.load`; llama.cpp's memory is its own.
         gguf: the same model for llama.cpp, which gets as many threads and float16 keys and values.
         llama_python: a Python with llama_cpp; None: EDGEMOE_LLAMA_PYTHON, else this one.
         progress: called after every step.
@@ -124,15 +130,21 @@ def bench(
             ctx_size=count,
             threads=threads,
             kv_type=kv_type,
+            cache=cache,
+            io_limit=io_limit,
+            exact=exact,
+            streaming=streaming,
             reserve=STREAM_BYTES,
         )
         stack.callback(model.close)
         meter.step("model loaded")
         feed(model, work)
+        used = model.usage()
         memory = Memory(
-            model.plan.budget.weights + model.plan.budget.experts,
-            peak_rss_bytes(),
-            model.plan.budget.ceiling,
+            weights_bytes=model.plan.budget.weights,
+            cache_bytes=used.cache_bytes,
+            peak_rss_bytes=used.peak_rss_bytes,
+            mem_budget_bytes=used.mem_budget_bytes,
         )
         meter.step("warm-up")
         for name, side in theirs.items():
@@ -141,7 +153,8 @@ def bench(
         limits = Limits(model.plan.threads)
         done = [_round(i, model, work, limits, theirs, meter) for i in range(rounds)]
         beside = _sum_up_theirs(opened, Path(gguf), work, done, theirs) if gguf else None
-        return _sum_up(opened, model, work, steps, memory, done, beside)
+        how = ReadSettings.of(exact, io_limit, streaming)
+        return _sum_up(opened, model, work, steps, how, memory, done, beside)
 
 
 def check(opened: OpenedModel, prompt_tokens: int, generated_tokens: int, rounds: int) -> None:
@@ -223,18 +236,21 @@ def _round(
 
     turns(reversed(theirs) if index % 2 else ())
     time.sleep(SETTLE_S)
-    ours, stream, peak = _ours(model, work, limits)
+    ours = _ours(model, work, limits)
     meter.step(f"round {index + 1}, edgemoe")
     turns(() if index % 2 else theirs)
-    return Round(ours, stream, peak, other, busy.cpus())
+    return replace(ours, theirs=other, others_cpus=busy.cpus())
 
 
-def _ours(model: Model, work: Workload, limits: Limits) -> tuple[Timing, float, float]:
-    """Our timing, the memory's bytes a second around decoding, the integer peak around prefill."""
+def _ours(model: Model, work: Workload, limits: Limits) -> Round:
+    """Our side of a round: with the memory's bytes a second around decoding, and the integer peak
+    around the prefill."""
+    between: list[Traffic] = []
     peaks: list[float] = []
     streams: list[float] = []
 
     def after_prefill() -> None:
+        between.append(model.usage().traffic)
         if work.prompt_tokens:
             peaks.append(limits.int8_peak())
         if work.generated_tokens:
@@ -242,10 +258,20 @@ def _ours(model: Model, work: Workload, limits: Limits) -> tuple[Timing, float, 
 
     if work.prompt_tokens:
         peaks.append(limits.int8_peak())
+    before = model.usage().traffic
     timing = feed(model, work, after_prefill)
+    after = model.usage().traffic
     if work.generated_tokens:
         streams.extend(limits.stream())
-    return timing, _median(streams), _median(peaks)
+    return Round(
+        timing,
+        prefill=Reading.of(between[0] - before),
+        decode=Reading.of(after - between[0]),
+        stream_bytes_s=_median(streams),
+        int8_peak=_median(peaks),
+        theirs={},
+        others_cpus=0.0,
+    )
 
 
 def _median(values: Sequence[float]) -> float:
@@ -257,6 +283,7 @@ def _sum_up(
     model: Model,
     work: Workload,
     steps: int | None,
+    how: ReadSettings,
     memory: Memory,
     rounds: Sequence[Round],
     llama_cpp: LlamaCppBench | None,
@@ -273,6 +300,7 @@ def _sum_up(
         bits=plan.bits,
         dense_bits=plan.dense_bits,
         kv_type=plan.kv_type,
+        read_settings=how,
         prompt_tokens=prompt,
         generated_tokens=generated,
         tokens=f"Zipf's law, seed {SEED}" if steps is None else f"0 .. {steps - 1} in turn",

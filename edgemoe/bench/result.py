@@ -6,20 +6,42 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..types import Streaming, Traffic
 from .timing import Spread, Timing
-from .traffic import Products, Traffic
+from .traffic import Products, TokenBytes
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a part of a round read of experts that were not in memory.
+
+    hit_rate: share of the bytes wanted that were. unhidden_wait_s: seconds in which nothing was
+    computed because something was being read.
+    """
+
+    bytes_read: int
+    hit_rate: float
+    unhidden_wait_s: float
+
+    @classmethod
+    def of(cls, traffic: Traffic) -> Reading:
+        """Of that part's counters."""
+        return cls(traffic.bytes_read, traffic.hit_rate, traffic.wait_s)
 
 
 @dataclass(frozen=True)
 class Round:
     """What was measured in one round.
 
+    prefill, decode: what was read in these parts of our own turn.
     stream_bytes_s: bytes a second of reading memory, around decoding; 0 without it. int8_peak:
     integer multiply-adds a second, around the prefill; 0 without it. theirs: llama.cpp's timings
     by the way it keeps weights. others_cpus: CPUs' worth of time that other programs took.
     """
 
     ours: Timing
+    prefill: Reading
+    decode: Reading
     stream_bytes_s: float
     int8_peak: float
     theirs: dict[str, Timing]
@@ -47,6 +69,22 @@ class Decode:
 
 
 @dataclass(frozen=True)
+class ReadSettings:
+    """How experts were to be read, as it was asked for; see `engine.load`."""
+
+    exact: bool
+    io_limit: float | None
+    policy: str
+    order: str
+    overlap: bool
+
+    @classmethod
+    def of(cls, exact: bool, io_limit: float | None, streaming: Streaming) -> ReadSettings:
+        """From the arguments of `engine.load`."""
+        return cls(exact, io_limit, streaming.policy, streaming.order, streaming.overlap)
+
+
+@dataclass(frozen=True)
 class Machine:
     """Where it ran."""
 
@@ -58,10 +96,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: of weights resident, of the process at its peak before the memory's own measurement,
-    and the ceiling."""
+    """Bytes: of weights resident; of those, of experts; of the process at its peak before the
+    memory's own measurement; and the ceiling."""
 
     weights_bytes: int
+    cache_bytes: int
     peak_rss_bytes: int
     mem_budget_bytes: int
 
@@ -99,7 +138,6 @@ class LlamaCppBench:
 @dataclass(frozen=True)
 class Bench:
     """A benchmark. tokens: where they come from. prefill, decode: None where it was left out.
-
     others_cpus: CPUs' worth of time that other programs took; where threads wait for one another,
     one that has to share its CPU holds up all, and rates say little.
     """
@@ -109,12 +147,13 @@ class Bench:
     bits: int
     dense_bits: int
     kv_type: str
+    read_settings: ReadSettings
     prompt_tokens: int
     generated_tokens: int
     tokens: str
     prefill: Prefill | None
     decode: Decode | None
-    bytes_per_token: Traffic
+    bytes_per_token: TokenBytes
     products_per_token: Products
     memory: Memory
     llama_cpp: LlamaCppBench | None

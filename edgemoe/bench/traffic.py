@@ -18,7 +18,7 @@ _EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)(_exps|\.\d+)\.weight")
 
 
 @dataclass(frozen=True)
-class Traffic:
+class TokenBytes:
     """Bytes of weights that decoding one token reads.
 
     experts: those a token takes, in all layers. dense: all other matrices but the last. head: the
@@ -56,13 +56,13 @@ def bytes_read(layout: RecordLayout, level_index: int) -> int:
     return total
 
 
-def traffic(store: Store, level_index: int, dense_level_index: int) -> Traffic:
+def traffic(store: Store, level_index: int, dense_level_index: int) -> TokenBytes:
     """Of a store with experts and all other matrices at these levels."""
     config = store.config
     nested = {name: t.layout for name, t in store.tensors.items() if t.layout is not None}
     read = {name: bytes_read(layout, dense_level_index) for name, layout in nested.items()}
     head = _head(config)
-    return Traffic(
+    return TokenBytes(
         experts=config.num_experts_per_tok
         * sum(bytes_read(store.expert_layout(i), level_index) for i in config.moe_layers),
         dense=sum(size for name, size in read.items() if name not in ("embed", head)),

@@ -33,13 +33,17 @@ class Landed(NamedTuple):
     """A read that has ended.
 
     tag: the caller's. status: OK, DAMAGED, FAILED or TRUNCATED. errno: if it failed. at: byte of
-    the file where it failed, where the damaged read begins, or where the file ends.
+    the file where it failed, where the damaged read begins, or where the file ends. begun_ns,
+    ended_ns: when the first read of the file that served it began and when the last ended, before
+    it was verified; nanoseconds of time.monotonic_ns.
     """
 
     tag: int
     status: int
     errno: int
     at: int
+    begun_ns: int
+    ended_ns: int
 
 
 class Reader(Closing):
@@ -149,6 +153,14 @@ class Reader(Closing):
         code, waited = self._native.reprioritise(tag, priority)
         self._require(code, tag)
         return waited
+
+    def cancel_all(self) -> None:
+        """Forget all reads that wait; of those begun, what is not in flight is not read any more.
+
+        The latter are collected as ever, FAILED with errno.ECANCELED if anything of them is
+        missing. Raises UsageError if the reader is closed.
+        """
+        self._require(self._native.cancel_all(), 0)
 
     def wait(self, tag: int | None = None, seconds: float = 0.0) -> Landed | None:
         """Collect the read with this tag, or the one that ended first of all; None if none has.

@@ -12,11 +12,11 @@ from ..errors import UsageError
 from ..types import F32, F64, I32, I64
 from .residency import Want
 
-FAST, SLOW = 0.5, 0.98
+FAST, SLOW = 0.5, 0.995
 """What is left of a hit after one token more, in the two memories of `ByWorth`."""
 FAST_SHARE = 0.5
-"""Weight of the first memory. All three were tried on real routes; the minimum is flat."""
-_DECAY = np.array([FAST, SLOW], np.float32)[:, None, None]
+"""Weight of the first memory. With these, on five real traces and caches of 15 to 76 % of all
+experts, nothing misses more than LRU or LFU, and the mean is 6 % below the better of the two."""
 _TINY = np.float32(1e-9)  # keeps old hits out of the numbers that processors are slow with
 PRIOR_STEPS = 4.0
 """Steps that the first guess, that all experts are as likely, counts for."""
@@ -44,86 +44,155 @@ class ByWorth:
         UsageError: worth that is negative, not finite or zero throughout.
     """
 
+    # Most steps ask for no rating. What they want is noted, and counted when the run of successive
+    # layers ends or a rating is asked for: all layers of the run at once.
+
     whole = False
 
     def __init__(
         self, layers: int, experts: int, levels: int, top_k: int, worth: ArrayLike | None = None
     ) -> None:
-        # a column more than levels: index = segments claimed, and of none the top is rated -inf
-        shape = layers, experts, levels + 1
-        self._layers, self._size = layers, layers * experts
+        self._layers, self._experts, self._levels = layers, experts, levels
+        self._round = np.float32(layers)
         self._prior = top_k / experts
-        self._hits: F32 = np.zeros((layers, 2, *shape[1:]), np.float32)
+        self._noted: list[tuple[Want, ...]] = []  # of layers up to the one before `_next`
+        self._next = 0
+        self._counted = 0, 0  # layers that were counted since they were rated
+        # Each layer is a row [level, expert], flat and in one run of memory. Rows of `_rest` and
+        # `_price` begin with a level more, for experts that are not there, which is rated -inf.
+        size = levels * experts
+        self._hits: F32 = np.zeros((layers, 2 * size), np.float32)  # both memories
+        self._fast, self._slow = self._hits[:, :size], self._hits[:, size:]
+        self._marks = np.zeros_like(self._hits)
+        self._decay = np.repeat(np.array([FAST, SLOW], np.float32), size)
         self._weight = [(0.0, 0.0)] * layers
-        self._stairs = np.tri(levels + 1, levels + 1, 0, np.float32)
-        self._stairs[:, 0] = 0
+        self._rest: F32 = np.full((layers, levels + 1, experts), -np.inf, np.float32)
+        self._rest[:, 1:] = self._prior
+        self._chance = self._rest.reshape(layers, -1)[:, experts:]  # while it is worked out
         self._price: F32 | None = None
         if worth is not None:
             given = np.broadcast_to(np.asarray(worth, np.float64), (layers, experts, levels))
             if not (np.isfinite(given).all() and given.min() >= 0 and given.max() > 0):
                 raise UsageError("worth: give finite numbers, none negative, not all zero")
-            self._price = np.zeros(shape, np.float32)
-            self._price[:, :, 1:] = given.mean() / np.maximum(given, given.max() * 1e-9)
-        self._rest: F32 = np.empty(shape, np.float32)
-        for layer in range(layers):
-            self._rate(layer, np.full(shape[1:], self._prior, np.float32))
-        self._index: I64 = np.arange(self._size, dtype=np.int64) * (levels + 1)
-        self._top = self._rest.ravel()[self._index]
+            self._price = np.zeros_like(self._rest)
+            price = given.mean() / np.maximum(given, given.max() * 1e-9)
+            self._price[:, 1:] = price.swapaxes(1, 2)
+        self._index: I64 = np.array([self._place(at, 0) for at in range(layers * experts)])
+        self._top: F32 = np.empty(layers * experts, np.float32)
+        self._tops, self._indices = (v.reshape(layers, -1) for v in (self._top, self._index))
+        self._rate(slice(None))
         self._top_price: F32 | None = None
         if self._price is not None:
             self._top_price = self._price.ravel()[self._index]
         steps = np.arange(2 * layers, dtype=np.float32) % layers + 1
         self._steps: F32 = np.repeat(steps, experts)
 
-    def _rate(self, layer: int, chance: F32) -> None:
-        """Expected steps beyond the next possible use, by the chance of each segment; changed."""
-        np.divide(self._layers, chance, out=chance)
-        chance -= self._layers
-        if self._price is not None:
-            chance *= self._price[layer]
-        chance[:, 0] = -np.inf
-        self._rest[layer] = chance
-
     def observe(self, layer: int, wants: Sequence[Want]) -> None:
-        hits, (fast, slow) = self._hits[layer], self._weight[layer]
-        hits *= _DECAY
-        hits += _TINY
-        self._weight[layer] = fast, slow = fast * FAST + 1, slow * SLOW + 1
-        hits[:, [w.expert for w in wants]] += self._stairs[[w.depth for w in wants]]
-        a, b = FAST_SHARE / (fast + PRIOR_STEPS), (1 - FAST_SHARE) / (slow + PRIOR_STEPS)
-        chance = hits[0] * np.float32(a)
-        chance += hits[1] * np.float32(b)
-        chance += np.float32(self._prior * PRIOR_STEPS * (a + b))
-        self._rate(layer, chance)
-        row = slice(layer * len(chance), (layer + 1) * len(chance))
-        self._top[row] = self._rest.reshape(-1)[self._index[row]]
+        if layer != self._next:
+            self._count()
+        self._noted.append(tuple(wants))
+        self._next = layer + 1
 
     def claim(self, at: int, depth: int) -> None:
-        index = at * len(self._stairs) + depth
+        index = self._place(at, depth)
         self._index[at] = index
         self._top[at] = self._rest.item(index)
         if self._top_price is not None and self._price is not None:
             self._top_price[at] = self._price.item(index)
 
     def drop(self, layer: int) -> F32:
+        self._catch_up()
         begin = self._begin(layer)
-        steps = self._steps[begin : begin + self._size]
+        steps = self._steps[begin : begin + len(self._top)]
         if self._top_price is None:
             return self._top + steps
         out: F32 = steps * self._top_price
         out += self._top
         return out
 
-    def drop_one(self, layer: int, at: int, depth: int) -> float:
-        index = at * len(self._stairs) + depth
+    def drop_each(self, layer: int, at: int, depth: int) -> list[float]:
+        self._catch_up()
+        owner, expert = divmod(at, self._experts)
         steps: float = self._steps.item(self._begin(layer) + at)
-        if self._price is not None:
-            steps *= self._price.item(index)
-        return self._rest.item(index) + steps
+        rest: list[float] = self._rest[owner, : depth + 1, expert].tolist()
+        if self._price is None:
+            return [each + steps for each in rest]
+        price: list[float] = self._price[owner, : depth + 1, expert].tolist()
+        return [each + steps * p for each, p in zip(rest, price, strict=True)]
+
+    def _place(self, at: int, depth: int) -> int:
+        """Of the segment that is the top one of `depth`, in `_rest` and `_price`."""
+        return at + (at // self._experts * self._levels + depth) * self._experts
 
     def _begin(self, layer: int) -> int:
         """Where in `_steps` those from `layer` to the next use of each expert begin."""
-        return (self._layers - layer - 1) * (self._size // self._layers)
+        return (self._layers - layer - 1) * self._experts
+
+    def _count(self) -> None:
+        """Count what is noted."""
+        noted, self._noted = self._noted, []
+        if not noted:
+            return
+        end, experts, width = self._next, self._experts, self._hits.shape[1]
+        begin = end - len(noted)
+        places: list[int] = []
+        for i, wants in enumerate(noted):
+            for expert, depth in wants:
+                places += range(i * width + expert, i * width + depth * experts, experts)
+            fast, slow = self._weight[begin + i]
+            self._weight[begin + i] = fast * FAST + 1, slow * SLOW + 1
+        rows = _rows(begin, end)
+        hits, marks = self._hits[rows], self._marks[_rows(0, len(noted))]
+        half = width // 2
+        marks.fill(0)
+        marks.put(places, 1)
+        marks[..., half:] = marks[..., :half]
+        hits *= self._decay
+        hits += _TINY
+        hits += marks
+        rated_from, rated_to = self._counted
+        if rated_from < rated_to:
+            begin, end = min(begin, rated_from), max(end, rated_to)
+        self._counted = begin, end
+
+    def _catch_up(self) -> None:
+        """Count and rate what was observed."""
+        if not self._noted:
+            return
+        self._count()
+        begin, end = self._counted
+        self._counted = 0, 0
+        factors = []
+        for fast, slow in self._weight[begin:end]:
+            a, b = FAST_SHARE / (fast + PRIOR_STEPS), (1 - FAST_SHARE) / (slow + PRIOR_STEPS)
+            factors.append((a, b, self._prior * PRIOR_STEPS * (a + b)))
+        rows = _rows(begin, end)
+        of_fast, of_slow, prior = (
+            map(np.float32, factors[0])
+            if len(factors) == 1
+            else np.array(factors, np.float32).T[:, :, None]
+        )
+        chance = self._chance[rows]
+        np.multiply(self._fast[rows], of_fast, out=chance)
+        chance += self._slow[rows] * of_slow
+        chance += prior
+        self._rate(rows)
+
+    def _rate(self, rows: int | slice) -> None:
+        """Of these layers: from the chance of each segment to the expected steps beyond its next
+        possible use."""
+        rest = self._chance[rows]
+        np.divide(self._round, rest, out=rest)
+        rest -= self._round
+        if self._price is not None:
+            rest *= self._price[rows, 1:].reshape(rest.shape)
+        self._tops[rows] = self._rest.reshape(-1)[self._indices[rows]]
+
+
+def _rows(begin: int, end: int) -> int | slice:
+    """Rows begin .. end of an array; one row alone is an array of a dimension less, which NumPy is
+    twice as fast with."""
+    return begin if begin + 1 == end else slice(begin, end)
 
 
 class ByExpert:
@@ -147,8 +216,8 @@ class ByExpert:
     def drop(self, layer: int) -> F64:
         return -(self.value.reshape(-1) + self._absent)
 
-    def drop_one(self, layer: int, at: int, depth: int) -> float:
-        return -float(self.value.item(at)) if depth else -np.inf
+    def drop_each(self, layer: int, at: int, depth: int) -> list[float]:
+        return [-np.inf] + [-float(self.value.item(at))] * depth
 
 
 class LeastRecentlyUsed(ByExpert):
@@ -195,8 +264,8 @@ class ByProfile(ByExpert):
         steps = np.roll(np.arange(1, layers + 1), layer + 1)
         return -((self.value / steps[:, None]).reshape(-1) + self._absent)
 
-    def drop_one(self, layer: int, at: int, depth: int) -> float:
-        return float(self.drop(layer)[at]) if depth else -np.inf
+    def drop_each(self, layer: int, at: int, depth: int) -> list[float]:
+        return [-np.inf] + [float(self.drop(layer)[at])] * depth
 
 
 def worth_of(bits: Sequence[int], sizes: ArrayLike, loss: ArrayLike | None = None) -> F64:

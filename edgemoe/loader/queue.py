@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..closing import Closing
-from ..errors import StoreError, shown
+from ..errors import EdgeMoEError, StoreError, UsageError, shown
 from ..kernels import reader
 from ..kernels.reader import Landed, Reader
 from ..store import Store
@@ -18,6 +18,8 @@ from ..types import U8, PlaneRef
 
 STALL_S = 8.0
 """A single read in flight for longer is an error."""
+_LOOK = 1 / 16
+"""Part of that time after which a wait looks for such a read."""
 
 
 class Read(NamedTuple):
@@ -30,8 +32,20 @@ class Read(NamedTuple):
     tag: int
 
 
+class Arrival(NamedTuple):
+    """A segment that has landed: its tag; when the first read of the file that served it began and
+    the last ended, in nanoseconds of time.monotonic_ns."""
+
+    tag: int
+    begun_ns: int
+    ended_ns: int
+
+
 class ReadQueue(Closing):
     """Reads of one store. `Reader` says in which order they go and what may be called when.
+
+    After a call that Ctrl-C interrupted only `drain` and `close` may follow: it may have collected
+    a read that nobody was told of.
 
     Args:
         store: open; its file may be unlinked.
@@ -78,9 +92,17 @@ class ReadQueue(Closing):
             reads than the queue holds.
         """
         rows = [(r.ref.offset, r.ref.size, r.ref.crc32c, r.at, r.room, r.tag) for r in reads]
+        table = np.array(rows, np.uint64).reshape(-1, 6)
         with self._lock:
-            self._reader.submit(memory, np.array(rows, np.uint64).reshape(-1, 6), priority)
-            self._refs.update((r.tag, r.ref) for r in reads)
+            # Known before they are queued: `drain` has to find them even if Ctrl-C comes between.
+            new = {r.tag: r.ref for r in reads if r.tag not in self._refs}
+            self._refs.update(new)
+            try:
+                self._reader.submit(memory, table, priority)
+            except EdgeMoEError:
+                for tag in new:
+                    del self._refs[tag]
+                raise
 
     def cancel(self, tag: int) -> bool:
         """Whether the read was still waiting, and is forgotten; else it will land all the same.
@@ -98,21 +120,21 @@ class ReadQueue(Closing):
         """Whether the read was still waiting, and has the new priority; errors as `cancel`."""
         return self._reader.reprioritise(tag, priority)
 
-    def poll(self) -> int | None:
-        """Tag of a read that has landed, the first of all; None if none has. Errors as `wait`."""
+    def poll(self) -> Arrival | None:
+        """A read that has landed, the first of all; None if none has. Errors as `wait`."""
         landed = self._reader.wait()
         return None if landed is None else self._collect(landed)
 
-    def wait_any(self) -> int | None:
-        """Tag of the next read to land; None if none is left to wait for. Errors as `wait`."""
+    def wait_any(self) -> Arrival | None:
+        """The next read to land; None if none is left to wait for. Errors as `wait`."""
         while self._refs:
-            landed = self._reader.wait(None, self._stall / 4)
+            landed = self._reader.wait(None, self._stall * _LOOK)
             if landed is not None:
                 return self._collect(landed)
             self._refuse_stall()
         return None
 
-    def wait(self, tag: int) -> None:
+    def wait(self, tag: int) -> Arrival:
         """Wait until the read with this tag has landed.
 
         Raises:
@@ -120,9 +142,38 @@ class ReadQueue(Closing):
             StoreError: the file ends early, cannot be read, or a read stalls.
             UsageError: there is no such read.
         """
-        while (landed := self._reader.wait(tag, self._stall / 4)) is None:
+        return self._collect(self._await(tag))
+
+    def drain(self) -> tuple[list[int], list[int]]:
+        """Empty the queue after an error or Ctrl-C: take back what waits, await what is in flight.
+
+        Nothing is written to the memory of any read afterwards. No other thread may call meanwhile.
+
+        Returns:
+            (tags of reads that landed well, tags of those that did not: taken back, failed, or
+            collected by a call that was interrupted before it could tell).
+
+        Raises:
+            StoreError: a read in flight stalls: the queue can only be closed then.
+            UsageError: the queue is closed.
+        """
+        landed: list[int] = []
+        lost: list[int] = []
+        self._reader.cancel_all()
+        for tag in [*self._refs]:
+            try:
+                well = self._await(tag).status == reader.OK
+            except UsageError:  # it was taken back, or collected by a call that was interrupted
+                well = False
+            (landed if well else lost).append(tag)
+            with self._lock:
+                del self._refs[tag]
+        return landed, lost
+
+    def _await(self, tag: int) -> Landed:
+        while (landed := self._reader.wait(tag, self._stall * _LOOK)) is None:
             self._refuse_stall()
-        self._collect(landed)
+        return landed
 
     def _refuse_stall(self) -> None:
         oldest = self._reader.stats()["oldest_s"]
@@ -132,7 +183,7 @@ class ReadQueue(Closing):
                 "see whether the disk still answers"
             )
 
-    def _collect(self, landed: Landed) -> int:
+    def _collect(self, landed: Landed) -> Arrival:
         with self._lock:
             ref = self._refs.pop(landed.tag)
         if landed.status == reader.DAMAGED:
@@ -141,7 +192,7 @@ class ReadQueue(Closing):
             raise self._store.truncated(landed.at, ref.offset + ref.size - landed.at)
         if landed.status == reader.FAILED:
             raise self._store.unreadable(landed.at, os.strerror(landed.errno))
-        return landed.tag
+        return Arrival(landed.tag, landed.begun_ns, landed.ended_ns)
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start: see `Reader.stats`."""

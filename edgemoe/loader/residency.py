@@ -7,7 +7,7 @@ the missing segments, lowering one drops its top segments first.
 
 For each layer step the engine calls `observe` once with all that the layer wants, then `acquire`
 with all of it, or with one part after another where it does not fit at once, `land` as reads end,
-and `release` when a part has been computed.
+and `release` when a part has been computed, or `settle` when reads failed or were taken back.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Segment(NamedTuple):
 
 
 class Lease(NamedTuple):
-    """What `acquire` granted: wants stay in memory until `release`.
+    """What `acquire` granted: wants stay in memory until this very object is given to `release`.
 
     evict: gone from the books, top segments before lower ones. load: to be read now, each expert's
     ascending. wanted_bytes, load_bytes: of all wants, and of those to be read.
@@ -70,8 +70,8 @@ class Policy(Protocol):
         change.
         """
 
-    def drop_one(self, layer: int, at: int, depth: int) -> float:
-        """The same of expert `at` if it had `depth` segments."""
+    def drop_each(self, layer: int, at: int, depth: int) -> list[float]:
+        """The same of expert `at` if it had 0, 1 .. `depth` segments."""
 
 
 class Residency:
@@ -90,8 +90,7 @@ class Residency:
     def __init__(
         self, sizes: Sequence[Sequence[int]], experts: int, budget: int, policy: Policy
     ) -> None:
-        if budget < 1:
-            raise UsageError(f"a cache of {budget} bytes holds nothing; give it more")
+        _check_budget(budget)
         self._sizes = [list(map(int, row)) for row in sizes]
         self._prefix = [[0, *np.cumsum(row, dtype=np.int64).tolist()] for row in self._sizes]
         self._experts = experts
@@ -99,9 +98,11 @@ class Residency:
         self.budget = budget
         self._claimed = [0] * (len(self._sizes) * experts)
         self._floor = [0] * len(self._claimed)  # segments that leases hold
-        self._leases: dict[int, list[int]] = {}  # depths that leases hold, by expert
+        self._shared: dict[int, list[int]] = {}  # their depths, of experts that several hold
+        self._leases: dict[int, Lease] = {}  # by id
         self._flying: dict[int, set[int]] = {}  # segments being read, by expert
         self._used = self._held = 0
+        self._layer = len(self._sizes) - 1  # of the last step
 
     @property
     def used_bytes(self) -> int:
@@ -119,36 +120,41 @@ class Residency:
         flying = self._flying.get(at)
         return min(flying) if flying else self._claimed[at]
 
-    def bytes_of(self, layer: int, wants: Sequence[Want]) -> int:
-        """Bytes that these experts of a layer take."""
-        prefix = self._prefix[layer]
-        return sum(prefix[depth] for _, depth in wants)
-
     def observe(self, layer: int, wants: Sequence[Want]) -> None:
         """Tell the policy what a layer step wants, each expert once."""
+        self._layer = layer
         self._policy.observe(layer, wants)
 
     def acquire(self, layer: int, wants: Sequence[Want]) -> Lease | None:
         """Claim what is missing of these experts and evict what has to go for it.
 
-        wants: each expert once. Returns None, with nothing changed, if it does not fit beside what
-        other leases hold: release one and try again.
+        wants: each expert once, each with a segment at least. Returns None, with nothing changed,
+        if it does not fit beside what other leases hold: release one and try again.
+
+        A segment that is on its way for another lease counts as claimed: it is not in `load`, and
+        its bytes not in `load_bytes`. `ready` tells when it has landed, for whichever lease it was
+        read; until then this lease cannot be released. It stays when the other is released, for as
+        long as this one holds it.
 
         Raises:
             MemoryBudgetError: it would not fit in an arena that holds nothing else.
-            UsageError: an expert is there twice.
+            UsageError: an expert is there twice, or with no segment.
         """
         prefix, begin = self._prefix[layer], layer * self._experts
+        claimed, floors = self._claimed, self._floor
         wanted = more = load_bytes = 0
         for expert, depth in wants:
-            has, floor = self._claimed[begin + expert], self._floor[begin + expert]
-            wanted += prefix[depth]
+            has, floor, size = claimed[begin + expert], floors[begin + expert], prefix[depth]
+            wanted += size
             if depth > floor:
-                more += prefix[depth] - prefix[floor]
+                more += size - prefix[floor]
             if depth > has:
-                load_bytes += prefix[depth] - prefix[has]
-        if len({w.expert for w in wants}) < len(wants):
+                load_bytes += size - prefix[has]
+        depths = dict(wants)
+        if len(depths) < len(wants):
             raise UsageError(f"layer {layer}: an expert is wanted twice in {shown(wants)}")
+        if min(depths.values(), default=1) < 1:
+            raise UsageError(f"layer {layer}: nothing of an expert is wanted in {shown(wants)}")
         if wanted > self.budget:
             raise MemoryBudgetError(
                 f"layer {layer} needs {wanted} bytes of experts at once and the cache has "
@@ -158,44 +164,51 @@ class Residency:
             )
         if self._held + more > self.budget:
             return None
+        self._layer = layer
         self._held += more
         for expert, depth in wants:
-            at = begin + expert
-            self._leases.setdefault(at, []).append(depth)
-            self._floor[at] = max(self._floor[at], depth)
+            floor = floors[begin + expert]
+            if floor:
+                self._shared.setdefault(begin + expert, [floor]).append(depth)
+            if depth > floor:
+                floors[begin + expert] = depth
         evict: list[Segment] = []
-        if self._used + load_bytes > self.budget:
-            evict = self._make_room(layer, self.budget - load_bytes)
         load: list[Segment] = []
-        for expert, depth in wants:
-            at = begin + expert
-            has = self._claimed[at]
-            if depth > has:
-                self._claimed[at] = depth
-                self._policy.claim(at, depth)
-                self._flying.setdefault(at, set()).update(range(has, depth))
-                load += [Segment(layer, expert, i) for i in range(has, depth)]
-        self._used += load_bytes
-        return Lease(layer, tuple(wants), tuple(evict), tuple(load), wanted, load_bytes)
+        if load_bytes:
+            evict = self._make_room(layer, self.budget - load_bytes)
+            for expert, depth in wants:
+                at = begin + expert
+                has = claimed[at]
+                if depth > has:
+                    claimed[at] = depth
+                    self._policy.claim(at, depth)
+                    self._flying.setdefault(at, set()).update(range(has, depth))
+                    load += [Segment(layer, expert, i) for i in range(has, depth)]
+            self._used += load_bytes
+        lease = Lease(layer, tuple(wants), tuple(evict), tuple(load), wanted, load_bytes)
+        self._leases[id(lease)] = lease
+        return lease
 
     def _make_room(self, layer: int, target: int) -> list[Segment]:
         """Evict until `target` bytes are used; what leases hold, which is less, is passed over."""
+        out: list[Segment] = []
+        if self._used <= target:
+            return out
         policy = self._policy
         rating = policy.drop(layer)
-        out = []
         while self._used > target:
             at = int(rating.argmax())
             owner, expert = divmod(at, self._experts)
             has, floor = self._claimed[at], self._floor[at]
-            rated = later = policy.drop_one(layer, at, has)
-            while has > floor and (policy.whole or (later >= rated and self._used > target)):
+            rated = policy.drop_each(layer, at, has)
+            top = rated[has]
+            while has > floor and (policy.whole or (rated[has] >= top and self._used > target)):
                 has -= 1
                 out.append(Segment(owner, expert, has))
                 self._used -= self._sizes[owner][has]
-                later = policy.drop_one(layer, at, has)
             self._claimed[at] = has
             policy.claim(at, has)
-            rating[at] = later if has > floor else -np.inf
+            rating[at] = rated[has] if has > floor else -np.inf
         return out
 
     def land(self, segment: Segment) -> None:
@@ -218,18 +231,69 @@ class Residency:
         Raises:
             UsageError: a segment of it is still on its way, or the lease is not held.
         """
-        prefix = self._prefix[lease.layer]
-        places = [lease.layer * self._experts + w.expert for w in lease.wants]
-        for at, want in zip(places, lease.wants, strict=True):
-            if want.depth not in self._leases.get(at, ()):
-                raise UsageError(f"the lease on {want} of layer {lease.layer} is not held")
-            if any(i < want.depth for i in self._flying.get(at, ())):
-                raise UsageError(f"{want} of layer {lease.layer} is still being read")
-        for at, want in zip(places, lease.wants, strict=True):
-            depths = self._leases[at]
-            depths.remove(want.depth)
-            if not depths:
-                del self._leases[at]
-            floor = max(depths, default=0)
-            self._held -= prefix[self._floor[at]] - prefix[floor]
-            self._floor[at] = floor
+        self._require_held(lease)
+        if self._flying:
+            begin = lease.layer * self._experts
+            for want in lease.wants:
+                if any(i < want.depth for i in self._flying.get(begin + want.expert, ())):
+                    raise UsageError(f"{want} of layer {lease.layer} is still being read")
+        self._let_go(lease)
+
+    def settle(self, depths: Sequence[Sequence[int]]) -> None:
+        """After a step was broken off: forget all leases and reads; so many first segments of each
+        expert are there, [layers, experts]."""
+        self._leases.clear()
+        self._shared.clear()
+        self._flying.clear()
+        self._floor = [0] * len(self._claimed)
+        self._used = self._held = 0
+        for layer, row in enumerate(depths):
+            for expert, depth in enumerate(row):
+                at = layer * self._experts + expert
+                self._claimed[at] = depth
+                self._used += self._prefix[layer][depth]
+                self._policy.claim(at, depth)
+
+    def resize(self, budget: int) -> tuple[Segment, ...] | None:
+        """Change the budget; what is to be evicted for it, top segments before lower ones.
+
+        Returns None, with nothing changed, if leases hold more than that: release one and try
+        again.
+
+        Raises:
+            UsageError: a budget that is not positive.
+        """
+        _check_budget(budget)
+        if self._held > budget:
+            return None
+        self.budget = budget
+        return tuple(self._make_room(self._layer, budget))
+
+    def _require_held(self, lease: Lease) -> None:
+        if id(lease) not in self._leases:
+            raise UsageError(
+                f"the lease on {shown(lease.wants)} of layer {lease.layer} is not held"
+            )
+
+    def _let_go(self, lease: Lease) -> None:
+        del self._leases[id(lease)]
+        prefix, begin = self._prefix[lease.layer], lease.layer * self._experts
+        floors, shared = self._floor, self._shared
+        for expert, depth in lease.wants:
+            at = begin + expert
+            depths = shared.get(at)
+            if depths is None:
+                self._held -= prefix[depth]
+                floors[at] = 0
+                continue
+            depths.remove(depth)
+            floor = max(depths)
+            self._held -= prefix[floors[at]] - prefix[floor]
+            floors[at] = floor
+            if len(depths) == 1:
+                del shared[at]
+
+
+def _check_budget(budget: int) -> None:
+    if budget < 1:
+        raise UsageError(f"a cache of {budget} bytes holds nothing; give it more")

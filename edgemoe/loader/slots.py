@@ -265,6 +265,28 @@ class SegmentSlots:
         self._require(layer, expert, level_index, _LANDED)
         self._free(layer, expert, level_index)
 
+    def settle(self) -> dict[int, list[int]]:
+        """After reads were broken off: what is loading is absent again, and so is what has landed
+        above something absent, which nobody can use.
+
+        Nothing may write to the memory of what was loading any more. Returns, by layer, how many
+        first segments of each expert are there.
+        """
+        out: dict[int, list[int]] = {}
+        for layer, experts in self._state.items():
+            out[layer] = []
+            for expert, states in enumerate(experts):
+                depth = 0
+                for level_index, state in enumerate(states):
+                    if state == _LOADING:
+                        self.abandon(layer, expert, level_index)
+                    elif state == _LANDED and depth == level_index:
+                        depth += 1
+                    elif state == _LANDED:
+                        self.evict(layer, expert, level_index)
+                out[layer].append(depth)
+        return out
+
     def resize(self, budget_bytes: int) -> None:
         """Change the budget, to no more than it was at first; free rooms are given back as needed.
 
@@ -322,9 +344,10 @@ class SegmentSlots:
             raise _wrong_state(layer, expert, level_index, state, _STATES[wanted])
 
     def _free(self, layer: int, expert: int, level_index: int) -> None:
-        self._kinds[layer][level_index][0].free(self._room[layer][expert][level_index])
+        # In this order: if Ctrl-C comes between, no address is left of a room that others may get.
         self._address[layer][expert, level_index] = 0
         self._state[layer][expert][level_index] = _ABSENT
+        self._kinds[layer][level_index][0].free(self._room[layer][expert][level_index])
 
     def _needed(self, layer: int, level_index: int) -> int:
         """Bytes of all segments in use and one more, page tables included."""

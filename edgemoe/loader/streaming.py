@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..closing import Closing
 from ..layout import RecordLayout
@@ -10,7 +10,9 @@ from ..store import Store
 from ..types import I32, U64
 from .queue import Read, ReadQueue
 from .residency import Lease, Policy, Residency, Segment, Want
-from .slots import SegmentSlots
+from .slots import SegmentSlots, budget_for
+
+Span = Callable[..., None]
 
 _QUEUE_BYTES = 12 << 20
 """Of the read queue: 0.6 MB of tables, and a buffer for each read in flight where segments are not
@@ -42,8 +44,11 @@ class StreamedExperts(Closing):
         store: open as long as this is.
         budget_bytes: of memory for segments, page tables included.
         policy: what to evict.
+        level_index: highest level that will be wanted.
         limit: bytes a second to read at most; 0 is no limit.
         depth: reads in flight at most.
+        span: told when each segment was read, as (name, begin, end) in nanoseconds of
+            time.monotonic_ns and what else is to be known.
 
     Raises:
         MemoryBudgetError: the budget cannot hold the largest segment. UsageError: a limit below 0.
@@ -54,11 +59,14 @@ class StreamedExperts(Closing):
         store: Store,
         budget_bytes: int,
         policy: Policy,
+        level_index: int,
         *,
         limit: float = 0.0,
         depth: int = 8,
+        span: Span | None = None,
     ) -> None:
-        self._store = store
+        self._store, self._span = store, span
+        self._least = min(budget_for(store, level_index, 1), budget_bytes)
         self._slots = SegmentSlots(store, budget_bytes)
         self._layers = self._slots.layers
         self._ordinal = {layer: i for i, layer in enumerate(self._layers)}
@@ -71,7 +79,7 @@ class StreamedExperts(Closing):
         self._residency = Residency(sizes, self._experts, max(capacity, 1), policy)
         self._queue = ReadQueue(store, depth=depth, limit=limit)
         self._step = 0
-        self.wanted_bytes = self.missed_bytes = self.evictions = 0
+        self.missed_bytes = self.evictions = 0
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -111,15 +119,13 @@ class StreamedExperts(Closing):
         self._step += 1
         self._residency.observe(self._ordinal[layer], wants)
 
-    def hit(self, layer: int, wants: Sequence[Want]) -> None:
-        """A layer step wants this, and all of it is `ready`."""
-        self.observe(layer, wants)
-        self.wanted_bytes += self._residency.bytes_of(self._ordinal[layer], wants)
+    def expert_bytes(self, layer: int, depth: int) -> int:
+        """Bytes that the first segments of one expert take."""
+        return sum(self._slots.room_bytes(layer, i) for i in range(depth))
 
     def fits(self, layer: int, depth: int, count: int) -> bool:
         """Whether `count` experts with so many segments fit in memory that holds nothing else."""
-        wants = [Want(expert, depth) for expert in range(count)]
-        return self._residency.bytes_of(self._ordinal[layer], wants) <= self._residency.budget
+        return count * self.expert_bytes(layer, depth) <= self._residency.budget
 
     def claimed(self, layer: int) -> I32:
         """Segments of each expert that are there or on their way: int32 [experts]."""
@@ -140,7 +146,6 @@ class StreamedExperts(Closing):
         lease = self._residency.acquire(ordinal, wants)
         if lease is None:
             return None
-        self.wanted_bytes += lease.wanted_bytes
         self.missed_bytes += lease.load_bytes
         self.evictions += len(lease.evict)
         slots = self._slots
@@ -164,15 +169,57 @@ class StreamedExperts(Closing):
         arrival = self._queue.wait_any() if wait else self._queue.poll()
         if arrival is None:
             return None
-        index, level = divmod(arrival, self._levels)
-        segment = Segment(*divmod(index, self._experts), level)
-        self._slots.landed(self._layers[segment.layer], segment.expert, level)
+        segment = self._segment(arrival.tag)
+        layer = self._layers[segment.layer]
+        self._slots.landed(layer, segment.expert, segment.level)
         self._residency.land(segment)
+        if self._span is not None:
+            _, begun, ended = arrival
+            size = self._store.expert_layout(layer).segment_sizes[segment.level]
+            self._span(
+                "read",
+                begun,
+                ended,
+                layer=layer,
+                expert=segment.expert,
+                segment=segment.level,
+                bytes=size,
+            )
         return segment
+
+    def _segment(self, tag: int) -> Segment:
+        index, level = divmod(tag, self._levels)
+        return Segment(*divmod(index, self._experts), level)
 
     def release(self, lease: Lease) -> None:
         """What a lease holds may be evicted again. Once, when all of it has landed."""
         self._residency.release(lease)
+
+    def recover(self) -> None:
+        """After an error or Ctrl-C in a step: take back what is not read, and let go of all leases.
+        What has landed stays.
+
+        Raises:
+            StoreError: a read in flight stalls.
+        """
+        landed, _ = self._queue.drain()
+        for tag in landed:
+            layer, expert, level = self._segment(tag)
+            self._slots.landed(self._layers[layer], expert, level)
+        depths = self._slots.settle()
+        self._residency.settle([depths[layer] for layer in self._layers])
+
+    def shrink(self, excess: int) -> None:
+        """Give so many bytes of the budget back, or as many as can be spared: what leases hold, and
+        room for one expert, stays."""
+        budget = max(self._slots.budget_bytes - excess, self._least)
+        evict = self._residency.resize(self._slots.capacity(budget))
+        if evict is None:
+            return
+        self.evictions += len(evict)
+        for owner, expert, level in evict:
+            self._slots.evict(self._layers[owner], expert, level)
+        self._slots.resize(budget)
 
     def close(self) -> None:
         """Stop reading and give all memory back; twice is fine."""

@@ -36,6 +36,9 @@ class _Request:
     status: int = _READ_OK
     error: int = 0
     at: int = 0
+    begun_ns: int = 0
+    ended_ns: int = 0
+    cut_short: bool = False
 
 
 class Reader:
@@ -109,6 +112,18 @@ class Reader:
                 self._ended.notify_all()
         return code, request is not None
 
+    def cancel_all(self) -> int:
+        """Forget the reads that wait, and what is not in flight of those begun."""
+        with self._lock:
+            if self._quit:
+                return _CLOSED
+            for tag, request in [*self._requests.items()]:
+                if request.state == "waiting":
+                    del self._requests[tag]
+                request.cut_short = True
+            self._ended.notify_all()
+        return _OK
+
     def reprioritise(self, tag: int, priority: int) -> tuple[int, bool]:
         """Move a read that is waiting; whether it was."""
         with self._lock:
@@ -117,10 +132,10 @@ class Reader:
                 request.priority = priority
         return code, request is not None
 
-    def wait(self, tag: int | None, seconds: float) -> tuple[int, int, int, int, int]:
-        """(code, tag, status, errno, at) of the read with this tag, or of any."""
+    def wait(self, tag: int | None, seconds: float) -> tuple[int, int, int, int, int, int, int]:
+        """(code, tag, status, errno, at, begun_ns, ended_ns) of the read with this tag, or any."""
         begun = time.monotonic()
-        nothing = (0, 0, 0, 0)
+        nothing = (0, 0, 0, 0, 0, 0)
         with self._lock:
             while True:
                 if self._quit:
@@ -131,7 +146,7 @@ class Reader:
                 if found is not None and found in self._finished:
                     r = self._finished.pop(found)
                     del self._requests[found]
-                    return _OK, r.tag, r.status, r.error, r.at
+                    return _OK, r.tag, r.status, r.error, r.at, r.begun_ns, r.ended_ns
                 left = begun + seconds - time.monotonic()
                 if left <= 0:
                     return (_TIMEOUT, *nothing)
@@ -187,6 +202,7 @@ class Reader:
                 if request is None:
                     return
                 request.state = "started"
+                request.begun_ns = time.monotonic_ns()
                 now = time.monotonic()
                 if not self._flying:
                     self._busy_since = now
@@ -205,6 +221,8 @@ class Reader:
         view, done, reads = r.out.data, 0, 0
         try:
             while done < len(view):
+                if r.cut_short:
+                    raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
                 part = view[done : done + self._chunk]
                 got = os.preadv(self._fd, [part], r.offset + done)
                 reads += 1
@@ -214,6 +232,7 @@ class Reader:
                 done += got
         except OSError as exc:
             r.status, r.error, r.at = _FAILED, exc.errno or 0, r.offset + done
+        r.ended_ns = time.monotonic_ns()
         if hasattr(os, "posix_fadvise"):
             first = r.offset // _PAGE * _PAGE
             size = r.offset + len(view) - first

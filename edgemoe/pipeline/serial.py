@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import time
+
 from .. import kernels
 from ..loader.resident import ResidentExperts
-from ..types import F32, I32
+from ..loader.streaming import Span
+from ..types import F32, I32, Traffic
+from .counts import DemandCounts
 
 
 class SerialExperts:
     """The mixture part of every layer, on experts that are all resident at one level."""
 
-    def __init__(self, pool: kernels.Pool, resident: ResidentExperts) -> None:
-        self._pool = pool
-        self._resident = resident
+    def __init__(
+        self, pool: kernels.Pool, resident: ResidentExperts, span: Span | None = None
+    ) -> None:
+        self._pool, self._span = pool, span
         level = resident.level_index
+        self._counts = DemandCounts(
+            resident.bits,
+            {
+                layer: sum(resident.layout(layer).segment_sizes[: level + 1])
+                for layer in resident.layers
+            },
+        )
         self._mixtures = {
             layer: kernels.Mixture(resident.layout(layer), resident.segments(layer), level)
             for layer in resident.layers
         }
 
     @property
-    def mean_bits(self) -> float:
-        """Bits used / demands; every demand gets the resident level here."""
-        return float(self._resident.bits)
+    def traffic(self) -> Traffic:
+        """What was asked of the experts since the model was loaded."""
+        return self._counts.traffic
 
     def close(self) -> None:
         """Nothing is open."""
@@ -32,4 +44,9 @@ class SerialExperts:
 
         x: float32 [n, hidden]; ids, weights: [n, k]. Returns float32 [n, hidden].
         """
-        return self._mixtures[layer](self._pool, x, ids, weights)
+        begun = time.monotonic_ns()
+        y = self._mixtures[layer](self._pool, x, ids, weights)
+        if self._span is not None:
+            self._span("experts", begun, time.monotonic_ns(), layer=layer)
+        self._counts.add(layer, ids, weights)
+        return y

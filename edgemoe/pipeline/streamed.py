@@ -10,28 +10,26 @@ give the same bits, as each expert's output is kept until all are there and summ
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from .. import kernels
 from ..closing import Closing
-from ..errors import MemoryBudgetError, UsageError, shown
+from ..errors import MemoryBudgetError
 from ..hebf.loads import Order, hottest_bit_first, on_demand, shortest_makespan
 from ..hebf.order import hottest_first
 from ..loader.budget import format_size
 from ..loader.guard import Guard
 from ..loader.policies import ByWorth, LeastFrequentlyUsed, LeastRecentlyUsed
 from ..loader.residency import Lease, Policy, Want
-from ..loader.streaming import StreamedExperts
+from ..loader.streaming import Span, StreamedExperts
 from ..store import Store
-from ..types import F32, I32, Streaming
+from ..types import F32, I32, Streaming, Traffic
 from .costs import Profile
-
-Span = Callable[..., None]
-"""Called with a span's name, its first and last nanosecond (time.monotonic_ns), and what else is to
-be known of it."""
+from .counts import DemandCounts
 
 _AT_ONCE = 8
 """Experts computed in one go while others still wait for their room."""
@@ -45,11 +43,7 @@ ORDERS: dict[str, Order] = {
 
 
 def policy_named(name: str, store: Store) -> Policy:
-    """What to evict, for the experts of a store.
-
-    Raises:
-        UsageError: there is no such policy.
-    """
+    """What to evict, one of types.POLICIES, for the experts of a store."""
     config = store.config
     layers, experts = len(config.moe_layers), config.num_experts
     if name == "worth":
@@ -57,9 +51,7 @@ def policy_named(name: str, store: Store) -> Policy:
         return ByWorth(layers, experts, levels, config.num_experts_per_tok)
     if name == "lru":
         return LeastRecentlyUsed(layers, experts)
-    if name == "lfu":
-        return LeastFrequentlyUsed(layers, experts)
-    raise UsageError(f"policy must be worth, lru or lfu, not {shown(name)}")
+    return LeastFrequentlyUsed(layers, experts)
 
 
 def streamed_mixture(
@@ -77,14 +69,10 @@ def streamed_mixture(
     guard: watched before each step; None: nothing is. limit: bytes a second to read; 0: no limit.
 
     Raises:
-        UsageError: a policy or an order that there is not.
         MemoryBudgetError: the budget cannot hold the largest segment.
     """
-    if streaming.order not in ORDERS:
-        raise UsageError(f"order must be {', '.join(ORDERS)}, not {shown(streaming.order)}")
-    source = StreamedExperts(
-        store, budget_bytes, policy_named(streaming.policy, store), limit=limit
-    )
+    policy = policy_named(streaming.policy, store)
+    source = StreamedExperts(store, budget_bytes, policy, level, limit=limit, span=span)
     return StreamedMixture(
         pool,
         source,
@@ -140,16 +128,25 @@ class StreamedMixture(Closing):
             layer: kernels.Mixture(source.layout(layer), source.segments(layer), level)
             for layer in source.layers
         }
+        self._counts = DemandCounts(
+            bits[level], {layer: source.expert_bytes(layer, self._depth) for layer in source.layers}
+        )
         self._profile = Profile()
         self._open: list[Step] = []
         self._spare: list[F32] = []
         self._first = min(source.layers, default=0)
-        self.wait_s = 0.0
+        self._wait_ns = 0
 
     @property
-    def mean_bits(self) -> float:
-        """Bits used / demands."""
-        return float(self._bits[self._level])
+    def traffic(self) -> Traffic:
+        """What was asked of the experts, and read for them, since the model was loaded."""
+        return replace(
+            self._counts.traffic,
+            missed_bytes=self._source.missed_bytes,
+            bytes_read=self._source.bytes_read,
+            evictions=self._source.evictions,
+            wait_s=self._wait_ns / 1e9,
+        )
 
     def close(self) -> None:
         """Stop reading and give the memory back; twice is fine."""
@@ -165,29 +162,60 @@ class StreamedMixture(Closing):
             ChecksumError, StoreError: an expert cannot be read.
             MemoryBudgetError: a single expert does not fit.
         """
-        if ids.size <= kernels.AT_ONCE_PAIRS and not self._open:
-            wanted = set(ids.ravel().tolist())
-            ready = self._source.ready
-            if all(ready(layer, e) >= self._depth for e in wanted):
-                return self._at_once(layer, x, ids, weights, wanted)
-        return self.finish(self.begin(layer, x, ids, weights))
+        with self._recovering():
+            self._watch(layer)
+            if ids.size <= kernels.AT_ONCE_PAIRS and not self._open:
+                wanted = set(ids.ravel().tolist())
+                ready = self._source.ready
+                if all(ready(layer, e) >= self._depth for e in wanted):
+                    return self._at_once(layer, x, ids, weights, wanted)
+            return self._finish(self._begin(layer, x, ids, weights))
+
+    def begin(self, layer: int, x: F32, ids: I32, weights: F32) -> Step:
+        """Ask for all that the layer wants; arguments as for a call, to stay as they are until
+        `finish`, and errors as of a call."""
+        with self._recovering():
+            self._watch(layer)
+            return self._begin(layer, x, ids, weights)
+
+    def finish(self, step: Step) -> F32:
+        """What the layer's experts give: float32 [n, hidden]; errors as of a call."""
+        with self._recovering():
+            return self._finish(step)
+
+    @contextmanager
+    def _recovering(self) -> Iterator[None]:
+        """Whatever ends a step, the next may begin as if it had never been."""
+        try:
+            yield
+        except BaseException:
+            self._open.clear()
+            self._source.recover()
+            raise
+
+    def _watch(self, layer: int) -> None:
+        """Once a token: give memory back before the ceiling is reached."""
+        if layer == self._first and self._guard is not None:
+            excess = self._guard.excess(self._source.unfilled_bytes)
+            if excess:
+                self._source.shrink(excess)
 
     def _at_once(self, layer: int, x: F32, ids: I32, weights: F32, wanted: set[int]) -> F32:
         """All is there and nothing can go away meanwhile: no step is open."""
-        self._source.hit(layer, [Want(e, self._depth) for e in sorted(wanted)])
+        self._source.observe(layer, [Want(e, self._depth) for e in sorted(wanted)])
+        self._counts.add(layer, ids, weights)
         begun = time.monotonic_ns()
         out = self._mixtures[layer](self._pool, x, ids, weights)
         ended = self._note("experts", begun, layer, experts=len(wanted))
         self._profile.computed(len(wanted), ids.size, (ended - begun) / 1e9)
         return out
 
-    def begin(self, layer: int, x: F32, ids: I32, weights: F32) -> Step:
-        """Ask for all that the layer wants; arguments as for a call, to stay as they are until
-        `finish`, and errors as of a call."""
+    def _begin(self, layer: int, x: F32, ids: I32, weights: F32) -> Step:
         source, depth = self._source, self._depth
         experts, counts = np.unique(ids, return_counts=True)
         wanted = dict(zip(experts.tolist(), counts.tolist(), strict=True))
         source.observe(layer, [Want(e, depth) for e in wanted])
+        self._counts.add(layer, ids, weights)
         held = source.claimed(layer)
         mixture = self._mixtures[layer]
         pair_out = self._buffer(ids.size, mixture.hidden)
@@ -202,8 +230,7 @@ class StreamedMixture(Closing):
         self._claim_missing(step)
         return step
 
-    def finish(self, step: Step) -> F32:
-        """What the layer's experts give: float32 [n, hidden]; errors as of a call."""
+    def _finish(self, step: Step) -> F32:
         self._complete(step)
         begun = time.monotonic_ns()
         out = step.parts.sum(self._pool)
@@ -247,7 +274,7 @@ class StreamedMixture(Closing):
         begun = time.monotonic_ns()
         self._source.collect()
         ended = self._note("wait", begun, step.layer)
-        self.wait_s += (ended - begun) / 1e9
+        self._wait_ns += ended - begun
 
     def _claim(self, step: Step, experts: Sequence[int]) -> bool:
         lease = self._source.claim(step.layer, [Want(e, self._depth) for e in experts])

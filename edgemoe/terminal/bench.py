@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +14,7 @@ from .options import loading, number
 
 if TYPE_CHECKING:
     from ..bench import Bench, LlamaCppBench, Spread
+    from ..bench.result import Reading
 
 BUSY = 0.2
 """CPUs' worth of other programs' time from which the figures come with a warning."""
@@ -63,6 +65,23 @@ Examples:
     help="Feed tokens 0, 1, 2, ... modulo N, for a model that replays a trace of N steps.",
 )
 @loading
+@click.option(
+    "--policy",
+    type=click.Choice(("worth", "lru", "lfu")),
+    default="worth",
+    show_default=True,
+    help="Which experts stay in memory: those worth most, used last, used most; or EdgeMoE's way, "
+    "by a profile.",
+)
+@click.option(
+    "--order",
+    type=click.Choice(("shortest", "hebf", "fifo")),
+    default="shortest",
+    show_default=True,
+    help="What is read first: what ends the layer soonest, the hottest bits, or what is demanded "
+    "first.",
+)
+@click.option("--serial", is_flag=True, help="Read what a layer needs, then compute; no overlap.")
 @click.option("--vs", type=click.Choice(["llama.cpp"]), help="Measure llama.cpp in turn with us.")
 @click.option("--gguf", metavar="FILE", help="The same model for llama.cpp (see edgemoe export).")
 @click.option(
@@ -77,6 +96,9 @@ def bench(
     gguf: str | None,
     llama_python: str | None,
     as_json: bool,
+    policy: str,
+    order: str,
+    serial: bool,
     **settings: Any,
 ) -> int:
     """Measure STORE, or the bundled model: tokens a second of prefill and of decoding.
@@ -100,7 +122,9 @@ def bench(
     if store is not None:
         require_store(store)
     from ..bench import bench as measure
+    from ..types import Streaming
 
+    settings["streaming"] = Streaming(policy, order, overlap=not serial)
     with progress("bench") as report:
         result = measure(store, gguf=gguf, llama_python=llama_python, progress=report, **settings)
     print(json.dumps(result.as_dict()) if as_json else "\n".join(text(result)))
@@ -117,6 +141,7 @@ def text(result: Bench) -> list[str]:
             (f"prefill of {result.prompt_tokens}, tokens/s", p.tok_s, ".1f"),
             ("  10^9 multiply-adds/s", p.gmac_s, ".1f"),
             ("  share of the int8 peak", p.share, ".1%"),
+            *_reading([r.prefill for r in result.rounds], result.prompt_tokens),
         ]
     if result.decode is not None:
         d = result.decode
@@ -124,6 +149,7 @@ def text(result: Bench) -> list[str]:
             (f"decoding {result.generated_tokens}, tokens/s", d.tok_s, ".2f"),
             ("  GB/s of weights", d.gb_s, ".2f"),
             ("  share of reading memory", d.share, ".1%"),
+            *_reading([r.decode for r in result.rounds], result.generated_tokens),
         ]
     other = result.llama_cpp
     if other is not None:
@@ -146,7 +172,7 @@ def text(result: Bench) -> list[str]:
             else []
         ),
         f"peak memory {memory.peak_rss_bytes / 1e6:.0f} MB, of which weights "
-        f"{memory.weights_bytes / 1e6:.0f} MB",
+        f"{memory.weights_bytes / 1e6:.0f} MB, for experts {memory.cache_bytes / 1e6:.0f} MB",
         *_warning(result.others_cpus.median),
     ]
 
@@ -171,6 +197,19 @@ def _theirs(other: LlamaCppBench) -> list[tuple[str, Spread, str]]:
         if ratio is not None:
             rows.append((f"{what} against {ratio.against}", ratio.ratio, ".2fx"))
     return rows
+
+
+def _reading(parts: Sequence[Reading], tokens: int) -> list[tuple[str, Spread, str]]:
+    """What was read of experts, in a part of each round; nothing where all were in memory."""
+    if not any(part.bytes_read for part in parts):
+        return []
+    from ..bench import Spread
+
+    return [
+        ("  MB read a token", Spread.of([p.bytes_read / tokens / 1e6 for p in parts]), ".1f"),
+        ("  hits, by bytes", Spread.of([p.hit_rate for p in parts]), ".1%"),
+        ("  waited for reads, s", Spread.of([p.unhidden_wait_s for p in parts]), ".2f"),
+    ]
 
 
 def _table(rows: list[tuple[str, Spread, str]]) -> list[str]:

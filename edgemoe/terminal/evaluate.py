@@ -43,7 +43,10 @@ TOKENIZING = 200
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What `edgemoe eval` was asked for; None leaves a choice to the machine."""
+    """What `edgemoe eval` was asked for; None leaves a choice to the machine.
+
+    io_limit: bytes a second.
+    """
 
     store: str
     texts: Sequence[str] = ()
@@ -59,6 +62,9 @@ class EvalOptions:
     chunks: int | None = None
     parse_special: bool = False
     mem: str = "auto"
+    cache: str | None = None
+    exact: bool = False
+    io_limit: float | None = None
     threads: int | None = None
     kv_type: str = "f16"
     as_json: bool = False
@@ -272,6 +278,9 @@ def _measure(options: EvalOptions, bits: int | None, work: _Work) -> _Outcome:
         ctx_size=work.longest,
         threads=options.threads,
         kv_type=options.kv_type,
+        cache=options.cache,
+        io_limit=options.io_limit,
+        exact=options.exact,
         reserve=reserve,
     ) as model:
         plan, run = model.plan, _runner(model)
@@ -291,8 +300,14 @@ def _measure(options: EvalOptions, bits: int | None, work: _Work) -> _Outcome:
                 likelihoods = multiple_choice.likelihoods(run, todo, report)
             tasks[task.name] = task.scores(likelihoods)
             figures[task.name] = _task_figures(task, tasks[task.name], work)
+        used = model.usage()
     figures["seconds"] = time.perf_counter() - start
-    figures["mem_budget_bytes"] = plan.budget.ceiling
+    figures["mem_budget_bytes"] = used.mem_budget_bytes
+    figures["cache_bytes"] = used.cache_bytes
+    traffic = used.traffic
+    for name in ("mean_bits", "gate_weighted_bits", "bytes_read", "hit_rate", "evictions"):
+        figures[name] = getattr(traffic, name)
+    figures["unhidden_wait_s"] = traffic.wait_s
     return _Outcome(figures, scores, tasks)
 
 

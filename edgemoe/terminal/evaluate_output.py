@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from ..loader.budget import format_size
 from ..reference_logits import TOP
 
 LINE_EVERY_S = 10.0
@@ -38,6 +39,15 @@ def _setting_lines(out: Mapping[str, Any], common: Mapping[str, Any]) -> Iterato
     for name in ("lambada", "piqa"):
         if name in out:
             yield from _task_lines(name, out[name])
+    if out["bytes_read"]:
+        size, hits = format_size(out["bytes_read"]), 100 * out["hit_rate"]
+        waited = out["unhidden_wait_s"]
+        yield f"  read             {size}, hits {hits:.0f} %, waited {waited:.1f} s"
+    if out["mean_bits"] != out["bits"]:
+        yield (
+            f"  mean bits        {out['mean_bits']:.3f}, by gate weight "
+            f"{out['gate_weighted_bits']:.3f}"
+        )
 
 
 def _text_lines(out: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[str]:

@@ -5,7 +5,7 @@ The command line imports this before it knows the command: nothing here imports 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -49,15 +49,26 @@ def level(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
     raise click.BadParameter(f"must be {allowed}, not {value}")
 
 
-def size(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """A callback that takes memory sizes and leaves them as they are."""
+def size(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """A callback that takes memory sizes and leaves them as they are; auto only where that is the
+    default."""
+    if value is None:
+        return None
     from ..loader.budget import parse_size
 
     try:
-        parse_size(value)
+        parsed = parse_size(value)
     except UsageError as error:
         raise click.BadParameter(str(error)) from None
+    if parsed is None and param.default != "auto":
+        raise click.BadParameter(f"must be a size such as 512M, 8G, 8GB or 8GiB, not {value}")
     return value
+
+
+def rate(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """A callback that takes MB (10^6 bytes) a second and gives bytes a second."""
+    megabytes = number(0, 1_000_000, above=True)(ctx, param, value)
+    return None if megabytes is None else megabytes * 1e6
 
 
 def loading(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,6 +83,13 @@ def loading(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Ceiling on all memory: 512M, 8G, 8GB, 8GiB; auto takes 70 % of what is free.",
         ),
         click.option(
+            "--cache",
+            callback=size,
+            metavar="SIZE",
+            help="Memory for experts alone, for experiments; --mem holds all the same.  "
+            "[default: what --mem leaves]",
+        ),
+        click.option(
             "--bits",
             callback=level,
             metavar=LEVEL,
@@ -82,6 +100,12 @@ def loading(command: Callable[..., Any]) -> Callable[..., Any]:
             callback=level,
             metavar=LEVEL,
             help="Bits of all other matrices.  [default: 8 with --bits 8, else 6]",
+        ),
+        click.option(
+            "--exact",
+            is_flag=True,
+            help="Every expert at --bits, or at the store's most; never fewer bits to make it fit: "
+            "what does not fit is read when it is needed.",
         ),
         click.option(
             "-t",
@@ -97,7 +121,61 @@ def loading(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="What keys and values are kept as; int8 takes half the memory.",
         ),
+        click.option(
+            "--io-limit",
+            callback=rate,
+            metavar="MB/S",
+            help="Read no faster than so many 10^6 bytes a second, to study slow disks.",
+        ),
     ]
+    return _with(options, command)
+
+
+def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that choose among the tokens a model finds likely (sampling.py checks them too)."""
+    options = [
+        click.option(
+            "--temp",
+            "temperature",
+            callback=number(0, 100),
+            metavar="X",
+            help="Temperature; 0 always takes the likeliest token.",
+        ),
+        click.option(
+            "--top-k",
+            callback=number(0, 2**31 - 1, whole=True),
+            metavar="N",
+            help="Draw from the N likeliest tokens; 0 from all.",
+        ),
+        click.option(
+            "--top-p",
+            callback=number(0, 1, above=True),
+            metavar="X",
+            help="Draw from the likeliest tokens that sum to this probability.",
+        ),
+        click.option(
+            "--min-p",
+            callback=number(0, 1),
+            metavar="X",
+            help="Drop tokens below this share of the likeliest one's probability.",
+        ),
+        click.option(
+            "--repeat-penalty",
+            callback=number(0, 100, above=True),
+            metavar="X",
+            help="Above 1 makes the last 64 tokens less likely.",
+        ),
+        click.option(
+            "--seed",
+            callback=number(0, 2**64 - 1, whole=True),
+            metavar="N",
+            help="Equal seeds give equal texts.  [default: a fresh one, printed]",
+        ),
+    ]
+    return _with(options, command)
+
+
+def _with(options: Sequence[Callable[..., Any]], command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         command = option(command)
     return command

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,20 +18,27 @@ from ..engine import Model, OpenedModel, load
 from ..generation import Generation
 from ..loader.budget import format_size
 from ..sampling import SamplingParams
+from ..types import Stats, Streaming
 
 INTERACTIVE_CTX = 4096
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What `edgemoe run` was asked for; None leaves a choice to the model or the machine."""
+    """What `edgemoe run` was asked for; None leaves a choice to the model or the machine.
+
+    io_limit: bytes a second.
+    """
 
     model: str | None = None
     prompt: str | None = None
     raw: bool = False
     mem: str = "auto"
+    cache: str | None = None
     bits: int | None = None
     dense_bits: int | None = None
+    exact: bool = False
+    io_limit: float | None = None
     max_tokens: int = 256
     ctx_size: int | None = None
     threads: int | None = None
@@ -39,6 +47,7 @@ class RunOptions:
     stop: Sequence[str] = ()
     as_json: bool = False
     logits_hash: bool = False
+    trace: str | None = None
 
 
 def prompt_ids(opened: OpenedModel, messages: Sequence[dict[str, str]], *, raw: bool) -> list[int]:
@@ -85,13 +94,18 @@ def load_model(opened: OpenedModel, options: RunOptions, ctx_size: int) -> Model
             ctx_size=ctx_size,
             threads=options.threads,
             kv_type=options.kv_type,
+            cache=options.cache,
+            io_limit=options.io_limit,
+            exact=options.exact,
+            streaming=Streaming(trace=None if options.trace is None else Path(options.trace)),
             progress=progress if shows else None,
         )
     finally:
         if shows:
             sys.stderr.write("\r\033[K")
     plan = model.plan
-    why = "" if options.bits else " (the most that fit)"
+    most = "the store's most" if options.exact else "the most that fit"
+    why = "" if options.bits else f" ({most})"
     name = os.path.basename(model.store_path)
     note(
         f"{name}: {plan.bits}-bit experts{why}, {plan.dense_bits}-bit "
@@ -171,11 +185,24 @@ def report(generation: Generation, sampling: SamplingParams, *, logits_hash: boo
         note(f"logits hash {generation.logits_hash}")
     s = generation.stats
     seed = f", seed {sampling.seed}" if sampling.temperature > 0 else ""
+    mean, by_gate = f"{s.mean_bits:.2f}", f"{s.gate_weighted_bits:.2f}"
+    bits = mean if mean == by_gate else f"{mean} (by gate weight {by_gate})"
     note(
         f"{s.prompt_tokens} prompt tokens at {s.prefill_tok_s:.1f}/s, {s.generated_tokens} "
         f"generated at {s.decode_tok_s:.1f}/s, first after {s.ttft_s:.2f} s, peak "
-        f"{format_size(s.peak_rss_bytes)} of {format_size(s.mem_budget_bytes)}, mean bits "
-        f"{s.mean_bits:.2f}, ended by {_ENDINGS.get(s.stop_reason, s.stop_reason)}{seed}"
+        f"{format_size(s.peak_rss_bytes)} of {format_size(s.mem_budget_bytes)}, mean bits {bits}"
+        f"{_reads(s)}, ended by {_ENDINGS.get(s.stop_reason, s.stop_reason)}{seed}"
+    )
+
+
+def _reads(s: Stats) -> str:
+    """What was read while the text was made; nothing where everything was resident."""
+    if not s.bytes_read:
+        return ""
+    a_token = format_size(round(s.bytes_read_per_token))
+    return (
+        f", read {format_size(s.bytes_read)} ({a_token} a token, "
+        f"hits {100 * s.hit_rate:.0f} %, waited {s.unhidden_wait_s:.1f} s)"
     )
 
 

@@ -208,6 +208,50 @@ static void test_cancelled_while_waited_for(int engine, const test_file *f) {
     em_reader_fault = NULL;
 }
 
+/* One read has been begun, wholly or the first of its pieces; two wait. */
+static void test_cancel_all(int engine, const test_file *f) {
+    em_reader_options o = options(engine);
+    o.depth = 1;
+    uint8_t *memory = NULL;
+    if (posix_memalign((void **)&memory, BLOCK, 4 * o.chunk)) abort();
+    for (size_t pieces = 1; pieces <= 2; pieces++) {
+        em_read w[3];
+        for (size_t i = 0; i < 3; i++) {
+            const size_t bytes = i ? o.chunk : pieces * o.chunk, at = 4 * o.chunk * i;
+            uint8_t *dest = memory + (i ? (i + 1) * o.chunk : 0);
+            w[i] = (em_read){at, bytes, bytes, dest, i, em_crc32c(0, f->bytes + at, bytes)};
+        }
+        close_gate();
+        em_reader *r = open_reader(f, &o);
+        const uint64_t before = em_monotonic_ns();
+        CHECK(em_reader_submit(r, w, 3, 0) == EM_READER_OK);
+        await_passed(1);
+        uint64_t tags[3];
+        size_t n;
+        CHECK(em_reader_cancel_all(r, tags, 3, &n) == EM_READER_OK);
+        CHECK(n == 2 && tags[0] == 1 && tags[1] == 2);
+        em_read_done d;
+        for (size_t i = 1; i < 3; i++) CHECK(em_reader_wait(r, &w[i].tag, 1, &d) == EM_READER_UNKNOWN);
+        atomic_store(&gate_open, 1);
+        CHECK(em_reader_wait(r, NULL, 20, &d) == EM_READER_OK && d.tag == 0);
+        CHECK(before < d.begun_ns && d.begun_ns < d.ended_ns && d.ended_ns <= em_monotonic_ns());
+        if (pieces == 1)
+            CHECK(d.status == EM_READ_OK && arrived(f, w));
+        else
+            CHECK(d.status == EM_READ_FAILED && d.error == ECANCELED && d.at == w[0].offset + o.chunk);
+        CHECK(atomic_load(&passed) == 1);
+        CHECK(em_reader_submit(r, w, 3, 0) == EM_READER_OK);
+        while (em_reader_wait(r, NULL, 20, &d) == EM_READER_OK)
+            CHECK(d.status == EM_READ_OK && arrived(f, &w[d.tag]));
+        CHECK(atomic_load(&passed) == (int)(1 + pieces + 2));
+        em_reader_close(r);
+        CHECK(em_reader_cancel_all(r, tags, 3, &n) == EM_READER_CLOSED && n == 0);
+        em_reader_free(r);
+    }
+    em_reader_fault = NULL;
+    free(memory);
+}
+
 static void test_refusals(int engine, const test_file *f) {
     em_reader_options o = options(engine);
     em_reader *r = NULL;
@@ -372,6 +416,7 @@ static void tests(int engine, const test_file *f) {
     test_neighbours(engine, f);
     test_cache(engine);
     test_cancelled_while_waited_for(engine, f);
+    test_cancel_all(engine, f);
     test_refusals(engine, f);
     test_close(engine, f);
     test_limit(engine, f);
