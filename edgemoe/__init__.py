@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .generation import Generation
     from .mwq.convert import convert
     from .sampling import SamplingParams
-    from .types import ModelConfig, RunPlan, Stats
+    from .types import ModelConfig, RunPlan, Stats, Streaming
 
 __version__ = "0.1.0"
 
@@ -42,6 +42,7 @@ _HOME = {
     "ModelConfig": "types",
     "RunPlan": "types",
     "Stats": "types",
+    "Streaming": "types",
     "EdgeMoEError": "errors",
     "UsageError": "errors",
     "CheckpointError": "errors",
@@ -68,6 +69,7 @@ __all__ = [
     "SamplingParams",
     "Stats",
     "StoreError",
+    "Streaming",
     "UnsupportedError",
     "UsageError",
     "__version__",

@@ -126,6 +126,7 @@ def test_public_names() -> None:
         "SamplingParams",
         "Stats",
         "StoreError",
+        "Streaming",
         "UnsupportedError",
         "UsageError",
         "__version__",

@@ -10,6 +10,7 @@ give the same bits, as each expert's output is kept until all are there and summ
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,9 @@ from ..store import Store
 from ..types import F32, I32, Streaming, Traffic
 from .costs import Profile
 from .counts import DemandCounts
+
+_LOOK_NS = 50_000_000
+"""Between two looks at what the process uses, which take a third of a millisecond."""
 
 _AT_ONCE = 8
 """Experts computed in one go while others still wait for their room."""
@@ -135,7 +139,7 @@ class StreamedMixture(Closing):
         self._open: list[Step] = []
         self._spare: list[F32] = []
         self._first = min(source.layers, default=0)
-        self._wait_ns = 0
+        self._wait_ns = self._look_ns = 0
 
     @property
     def traffic(self) -> Traffic:
@@ -194,8 +198,12 @@ class StreamedMixture(Closing):
             raise
 
     def _watch(self, layer: int) -> None:
-        """Once a token: give memory back before the ceiling is reached."""
-        if layer == self._first and self._guard is not None:
+        """Now and then, between tokens: give memory back before the ceiling is reached."""
+        if self._guard is None or layer != self._first:
+            return
+        now = time.monotonic_ns()
+        if now >= self._look_ns:
+            self._look_ns = now + _LOOK_NS
             excess = self._guard.excess(self._source.unfilled_bytes)
             if excess:
                 self._source.shrink(excess)
@@ -212,8 +220,7 @@ class StreamedMixture(Closing):
 
     def _begin(self, layer: int, x: F32, ids: I32, weights: F32) -> Step:
         source, depth = self._source, self._depth
-        experts, counts = np.unique(ids, return_counts=True)
-        wanted = dict(zip(experts.tolist(), counts.tolist(), strict=True))
+        wanted = dict(sorted(Counter(ids.ravel().tolist()).items()))
         source.observe(layer, [Want(e, depth) for e in wanted])
         self._counts.add(layer, ids, weights)
         held = source.claimed(layer)
@@ -221,13 +228,15 @@ class StreamedMixture(Closing):
         pair_out = self._buffer(ids.size, mixture.hidden)
         parts = kernels.MixtureParts(mixture, x, ids, weights, pair_out)
         step = Step(layer, parts, pair_out, wanted, list(wanted))
+        step.missing = self._ordered(layer, ids, wanted, held)
         here = [e for e in wanted if held[e] >= depth]
-        if len(here) < len(wanted):
-            step.missing = self._ordered(layer, ids, wanted, held)
         self._open.append(step)
-        if here:
-            self._claim(step, here)
-        self._claim_missing(step)
+        if source.fits(layer, depth, len(wanted)) and self._claim(step, here + step.missing):
+            step.missing = []
+        else:
+            if here:
+                self._claim(step, here)
+            self._claim_missing(step)
         return step
 
     def _finish(self, step: Step) -> F32:
@@ -285,9 +294,6 @@ class StreamedMixture(Closing):
     def _claim_missing(self, step: Step) -> bool:
         """Claim what there is room for; whether anything was claimed."""
         before = len(step.missing)
-        fits = before and self._source.fits(step.layer, self._depth, before)
-        if fits and self._claim(step, step.missing):
-            step.missing = []
         while step.missing and self._claim(step, step.missing[:1]):
             del step.missing[0]
         return len(step.missing) < before
@@ -308,7 +314,7 @@ class StreamedMixture(Closing):
     def _ordered(self, layer: int, ids: I32, counts: dict[int, int], held: I32) -> list[int]:
         """Experts that are missing in the order of their reads."""
         missing = [e for e in counts if held[e] < self._depth]
-        if len({(int(held[e]), counts[e]) for e in missing}) == 1:
+        if len({(int(held[e]), counts[e]) for e in missing}) <= 1:
             return missing  # every order takes the same time
         demands = hottest_first(ids, np.full(ids.shape, self._level, np.int32))
         sizes = self._source.layout(layer).segment_sizes

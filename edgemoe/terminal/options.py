@@ -93,7 +93,7 @@ def loading(command: Callable[..., Any]) -> Callable[..., Any]:
             "--bits",
             callback=level,
             metavar=LEVEL,
-            help="Bits of the experts.  [default: the most that fit]",
+            help="Bits of the experts.  [default: the most at which all fit, else 4, streamed]",
         ),
         click.option(
             "--dense-bits",

@@ -105,7 +105,10 @@ def load_model(opened: OpenedModel, options: RunOptions, ctx_size: int) -> Model
             sys.stderr.write("\r\033[K")
     plan = model.plan
     most = "the store's most" if options.exact else "the most that fit"
-    why = "" if options.bits else f" ({most})"
+    if plan.streamed:
+        why = f" streamed through {format_size(plan.budget.experts)}"
+    else:
+        why = "" if options.bits else f" ({most})"
     name = os.path.basename(model.store_path)
     note(
         f"{name}: {plan.bits}-bit experts{why}, {plan.dense_bits}-bit "
