@@ -19,6 +19,7 @@ from edgemoe.engine import bundled_path
 from edgemoe.errors import ChecksumError, StoreError
 from edgemoe.loader.streaming import StreamedExperts
 from edgemoe.model import Span
+from edgemoe.pipeline import streamed
 from edgemoe.store import Store
 from edgemoe.types import F32, Streaming
 
@@ -124,7 +125,10 @@ def test_ctrl_c_anywhere_in_a_step(
                 assert run(model).tobytes() == want.tobytes()
 
 
-def test_memory_that_runs_short_is_given_back(path: Path, want: F32) -> None:
+def test_memory_that_runs_short_is_given_back(
+    path: Path, want: F32, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streamed, "_LOOK_NS", 0)
     with open_streamed(path) as model:
         assert run(model).tobytes() == want.tobytes()
         source, guard = source_of(model), model._experts._guard  # type: ignore[union-attr]

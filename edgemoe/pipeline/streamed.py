@@ -95,12 +95,12 @@ class Step:
     the order of their reads. leases: with the experts of each that are not yet computed."""
 
     layer: int
-    parts: kernels.MixtureParts
-    pair_out: F32
     counts: dict[int, int]
     todo: list[int]
-    missing: list[int] = field(default_factory=list)
+    missing: list[int]
     leases: list[tuple[Lease, set[int]]] = field(default_factory=list)
+    pair_out: F32 = field(init=False)
+    parts: kernels.MixtureParts = field(init=False)
 
 
 class StreamedMixture(Closing):
@@ -222,21 +222,21 @@ class StreamedMixture(Closing):
         source, depth = self._source, self._depth
         wanted = dict(sorted(Counter(ids.ravel().tolist()).items()))
         source.observe(layer, [Want(e, depth) for e in wanted])
-        self._counts.add(layer, ids, weights)
-        held = source.claimed(layer)
-        mixture = self._mixtures[layer]
-        pair_out = self._buffer(ids.size, mixture.hidden)
-        parts = kernels.MixtureParts(mixture, x, ids, weights, pair_out)
-        step = Step(layer, parts, pair_out, wanted, list(wanted))
-        step.missing = self._ordered(layer, ids, wanted, held)
+        held = source.claimed(layer).tolist()
+        step = Step(layer, wanted, list(wanted), self._ordered(layer, ids, wanted, held))
         here = [e for e in wanted if held[e] >= depth]
-        self._open.append(step)
         if source.fits(layer, depth, len(wanted)) and self._claim(step, here + step.missing):
             step.missing = []
         else:
             if here:
                 self._claim(step, here)
             self._claim_missing(step)
+        # The disk is at work: now for what it need not wait for.
+        mixture = self._mixtures[layer]
+        step.pair_out = self._buffer(ids.size, mixture.hidden)
+        step.parts = kernels.MixtureParts(mixture, x, ids, weights, step.pair_out)
+        self._counts.add(layer, ids, weights)
+        self._open.append(step)
         return step
 
     def _finish(self, step: Step) -> F32:
@@ -311,16 +311,17 @@ class StreamedMixture(Closing):
         for other in others:
             self._complete(other)
 
-    def _ordered(self, layer: int, ids: I32, counts: dict[int, int], held: I32) -> list[int]:
+    def _ordered(self, layer: int, ids: I32, counts: dict[int, int], held: list[int]) -> list[int]:
         """Experts that are missing in the order of their reads."""
         missing = [e for e in counts if held[e] < self._depth]
-        if len({(int(held[e]), counts[e]) for e in missing}) <= 1:
+        if len({(held[e], counts[e]) for e in missing}) <= 1:
             return missing  # every order takes the same time
         demands = hottest_first(ids, np.full(ids.shape, self._level, np.int32))
         sizes = self._source.layout(layer).segment_sizes
         self._profile.reads(*self._source.reading())
         costs = self._profile.costs(sizes, self._bits, self._level)
-        return list(dict.fromkeys(load.expert for load in self._order(demands, held, costs)))
+        loads = self._order(demands, np.array(held, np.int32), costs)
+        return list(dict.fromkeys(load.expert for load in loads))
 
     def _buffer(self, rows: int, hidden: int) -> F32:
         while self._spare:
