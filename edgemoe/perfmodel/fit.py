@@ -119,11 +119,13 @@ def choose(
         )
 
     fixed = wish.bits if wish.bits is not None else levels[-1] if wish.exact else None
+    too_much: list[Choice] = []
     if wish.cache is None:
         for level in (fixed,) if fixed is not None else tuple(reversed(levels)):
             dense, spent = parts(level, footprint.experts(levels.index(level)))
             if spent.needed <= ceiling:
                 return Choice(level, dense, spent, False)
+            too_much.append(Choice(level, dense, spent, False))
     low = tuple(level for level in reversed(levels) if level <= STREAMED_LEVEL)
     for level in (fixed,) if fixed is not None else low:
         index = levels.index(level)
@@ -135,12 +137,16 @@ def choose(
             return Choice(
                 level, dense, replace(spent, experts=max(least, min(least + room, most))), True
             )
+        too_much.append(Choice(level, dense, spent, True))
+    # Keeping all experts of a small model takes less than what streaming needs beside them.
+    level, dense, spent, streamed = min(too_much, key=lambda each: each.budget.needed)
     needed = smallest_ceiling(spent)
     fewer = fixed is not None and fixed > levels[0]
+    kept = f"{level}-bit experts that come and go" if streamed else f"all {level}-bit experts"
     raise MemoryBudgetError(
         f"--mem {describe(ceiling)} is too little: {dense}-bit dense weights, a context of "
-        f"{ctx_size} tokens and {describe(spent.experts)} for {level}-bit experts that come and go "
-        f"need {describe(needed)}; give --mem {-(-needed // MIB)}M or more"
+        f"{ctx_size} tokens and {describe(spent.experts)} for {kept} need {describe(needed)}; give "
+        f"--mem {-(-needed // MIB)}M or more"
         + (", or fewer --bits" if fewer else "")
         + (", or a smaller --cache" if wish.cache is not None else ""),
         needed_bytes=needed,

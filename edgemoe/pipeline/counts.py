@@ -37,7 +37,7 @@ class DemandCounts:
             return
         self._demands += ids.size
         self._gates += float(gates.sum(dtype=np.float64))
-        self._wanted += np.count_nonzero(np.bincount(ids.reshape(-1))) * self._sizes[layer]
+        self._wanted += int(np.count_nonzero(np.bincount(ids.reshape(-1)))) * self._sizes[layer]
 
     def _sum_up(self) -> None:
         gates = np.frombuffer(b"".join(step for _, step in self._noted), np.float32)
