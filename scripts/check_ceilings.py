@@ -36,7 +36,7 @@ MIB = 1 << 20
 CAPS = "1000M,1500M,2200M,3000M,5000M"
 COMMANDS = ("run", "bench", "eval")
 POLL_S = 0.02
-BELOW_MIB = 2
+BELOW_MIB = 4
 """What a floor may be too high by."""
 FLOOR = re.compile(r"give --mem (\d+)M or more")
 KILLS = re.compile(r"^capped: .* oom_kill (\d+)", re.MULTILINE)

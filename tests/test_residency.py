@@ -175,7 +175,7 @@ def test_rivals_drop_whole_experts() -> None:
 
 def test_refuses_what_never_fits() -> None:
     cache = one_layer(399)
-    with pytest.raises(MemoryBudgetError, match=r"needs 400 .* has 399; give it") as info:
+    with pytest.raises(MemoryBudgetError, match=r"needs 400 .* for 399: give") as info:
         cache.acquire(0, [Want(0, 3), Want(1, 3)])
     assert (info.value.needed_bytes, info.value.budget_bytes) == (400, 399)
     assert cache.used_bytes == 0 and cache.acquire(0, [Want(0, 3)]) is not None

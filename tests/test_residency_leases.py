@@ -95,7 +95,7 @@ def test_a_smaller_budget_evicts_what_the_policy_gives_up_first() -> None:
     assert (cache.budget, cache.used_bytes) == (350, 350)
     assert cache.resize(150) == segments(2, 2, 1, 0)
     assert cache.claimed(0).tolist() == [2, 0, 0, 0, 0, 0]
-    with pytest.raises(MemoryBudgetError, match="has 150"):
+    with pytest.raises(MemoryBudgetError, match="room for 150"):
         cache.acquire(0, [Want(1, 3)])
     cache.release(held)
     assert cache.resize(900) == ()

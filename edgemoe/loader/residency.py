@@ -157,8 +157,8 @@ class Residency:
             raise UsageError(f"layer {layer}: nothing of an expert is wanted in {shown(wants)}")
         if wanted > self.budget:
             raise MemoryBudgetError(
-                f"layer {layer} needs {wanted} bytes of experts at once and the cache has "
-                f"{self.budget}; give it more memory, fewer bits or a smaller batch",
+                f"layer {layer} needs {wanted} bytes of experts at once, and there is room for "
+                f"{self.budget}: give a larger --mem or --cache, or fewer --bits",
                 needed_bytes=wanted,
                 budget_bytes=self.budget,
             )

@@ -138,7 +138,7 @@ class SegmentSlots:
             raise MemoryBudgetError(
                 f"the largest expert segment takes {format_size(largest)} of memory and page "
                 f"tables, the budget of expert segments is {format_size(budget_bytes)}: give a "
-                "larger --mem",
+                "larger --mem or --cache",
                 needed_bytes=largest,
                 budget_bytes=budget_bytes,
             )

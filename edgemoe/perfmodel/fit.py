@@ -18,6 +18,10 @@ STREAMED_LEVEL = 4
 take without harm. Where all experts fit, more bits are taken, or fewer."""
 
 
+_SLACK_MIB = 1
+"""Added to the floor that a refusal names: what a process takes at start differs by run."""
+
+
 @dataclass(frozen=True)
 class Footprint:
     """Bytes of a model's parts, as they will lie in memory.
@@ -146,7 +150,7 @@ def choose(
     raise MemoryBudgetError(
         f"--mem {describe(ceiling)} is too little: {dense}-bit dense weights, a context of "
         f"{ctx_size} tokens and {describe(spent.experts)} for {kept} need {describe(needed)}; give "
-        f"--mem {-(-needed // MIB)}M or more"
+        f"--mem {-(-needed // MIB) + _SLACK_MIB}M or more"
         + (", or fewer --bits" if fewer else "")
         + (", or a smaller --cache" if wish.cache is not None else ""),
         needed_bytes=needed,

@@ -304,7 +304,8 @@ class StreamedMixture(Closing):
         if not others:
             raise MemoryBudgetError(
                 f"layer {step.layer}: not even one expert at a time fits in the "
-                f"{format_size(self._source.budget_bytes)} for experts; give a larger --mem",
+                f"{format_size(self._source.budget_bytes)} for experts; give a larger --mem or "
+                "--cache",
                 needed_bytes=0,
                 budget_bytes=self._source.budget_bytes,
             )
