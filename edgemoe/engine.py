@@ -24,9 +24,9 @@ from .loader import budget as memory
 from .loader.arena import Arena
 from .loader.guard import Guard
 from .loader.resident import Progress, ResidentExperts
-from .model import Span, Weights, halves, layers, logits
+from .model import Span, Weights, drive, halves, layers, logits
 from .perfmodel import fit
-from .pipeline.drive import alone, alternate
+from .pipeline.drive import alternate, traced
 from .pipeline.serial import SerialExperts
 from .pipeline.streamed import StreamedMixture, streamed_mixture
 from .pipeline.timeline import Timeline
@@ -243,15 +243,27 @@ class Model(Closing):
         self.store_path, self.plan = opened.path, plan
         self._opened = opened
         self._timeline = None if streaming.trace is None else Timeline(streaming.trace)
+        self._weights: Weights | None = None
+        self._experts: SerialExperts | StreamedMixture | None = None
+        self._traffic = Traffic()  # of a model that was closed
+        self._busy = False
+        try:
+            self._read(plan, progress, streaming, io_limit)
+        except BaseException:
+            if self._timeline is not None:
+                self._timeline.discard()
+            raise
+
+    def _read(
+        self, plan: RunPlan, progress: Progress | None, streaming: Streaming, io_limit: float
+    ) -> None:
         span = None if self._timeline is None else self._timeline.add
-        quant = opened.store.quant
         self._pool = kernels.new_pool(plan.threads)
-        store, budget = opened.store, plan.budget
+        store, budget, quant = self._opened.store, plan.budget, self._opened.store.quant
         arena = Arena(budget.weights + (0 if plan.streamed else budget.experts))
         dense_level = quant.levels.index(plan.dense_bits)
-        self._weights: Weights | None = from_store(store, self._pool, arena, dense_level)
+        self._weights = from_store(store, self._pool, arena, dense_level)
         level = quant.expert_levels.index(plan.bits)
-        self._experts: SerialExperts | StreamedMixture | None
         if plan.streamed:
             guard = Guard(budget.ceiling, budget.margin)
             self._experts = streamed_mixture(
@@ -260,8 +272,6 @@ class Model(Closing):
         else:
             resident = ResidentExperts(store, arena, level, progress)
             self._experts = SerialExperts(self._pool, resident, span)
-        self._traffic = Traffic()  # of a model that was closed
-        self._busy = False
 
     def close(self) -> None:
         """Give the weights' memory back and close the store; twice is fine."""
@@ -286,11 +296,15 @@ class Model(Closing):
         if self._weights is None or self._experts is None:
             raise UsageError("this model is closed: load it again")
         ids = np.asarray(tokens, np.int64)
-        span = None if self._timeline is None else self._timeline.add
-        if isinstance(self._experts, StreamedMixture) and self._experts.overlap and len(spans) > 1:
-            parts = [layers(self._weights, self._pool, *half) for half in halves(ids, spans)]
-            return np.concatenate(alternate(parts, self._experts, span))
-        return alone(layers(self._weights, self._pool, ids, spans), self._experts, span)
+        experts = self._experts
+        halved = isinstance(experts, StreamedMixture) and experts.overlap and len(spans) > 1
+        batches = halves(ids, spans) if halved else [(ids, spans)]
+        parts = [layers(self._weights, self._pool, *batch) for batch in batches]
+        if self._timeline is not None:
+            parts = [traced(part, self._timeline.add) for part in parts]
+        if isinstance(experts, StreamedMixture) and halved:
+            return np.concatenate(alternate(parts, experts))
+        return drive(parts[0], experts)
 
     def step(self, tokens: Sequence[int], caches: Sequence[KVCache]) -> F32:
         """One more token of each of some sequences: logits float32 [len(tokens), vocab].

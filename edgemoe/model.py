@@ -6,7 +6,7 @@ depends on its own sequence only, bit for bit, so a batch may be cut and mixed i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +15,7 @@ import numpy as np
 from . import kernels
 from .cpu_attn.kv_cache import AttentionState, rope_tables
 from .errors import KernelError, UsageError
-from .types import F32, I32, I64, ModelConfig
+from .types import F32, I32, I64, ModelConfig, Pass
 
 Linears = Callable[[F32], list[F32]]
 """float32 [n, cols] -> one float32 [n, rows_m] for each of the matrices that share this input."""
@@ -105,15 +105,7 @@ def hidden(
     Raises:
         UsageError: no tokens, a span without any, or spans that do not add up to the tokens.
     """
-    steps = layers(weights, pool, tokens, spans, watch)
-    y: F32 | None = None
-    while True:
-        try:
-            wanted = steps.send(y)
-        except StopIteration as end:
-            out: F32 = end.value
-            return out
-        y = experts(*wanted)
+    return drive(layers(weights, pool, tokens, spans, watch), experts)
 
 
 def halves(tokens: I64, spans: Sequence[Span]) -> list[tuple[I64, Sequence[Span]]]:
@@ -124,8 +116,16 @@ def halves(tokens: I64, spans: Sequence[Span]) -> list[tuple[I64, Sequence[Span]
     return [(tokens[:row], spans[:cut]), (tokens[row:], spans[cut:])]
 
 
-Wanted = tuple[int, F32, I32, F32]
-"""What is asked of the experts: arguments of a call of them."""
+def drive(steps: Pass, experts: Experts) -> F32:
+    """What a pass returns with these experts."""
+    y: F32 | None = None
+    while True:
+        try:
+            wanted = steps.send(y)
+        except StopIteration as end:
+            out: F32 = end.value
+            return out
+        y = experts(*wanted)
 
 
 def layers(
@@ -134,9 +134,8 @@ def layers(
     tokens: I64,
     spans: Sequence[Span],
     watch: Callable[[int, F32], None] | None = None,
-) -> Generator[Wanted, F32 | None, F32]:
-    """`hidden`, which stops wherever it wants experts, goes on with what they give, and returns
-    what `hidden` does."""
+) -> Pass:
+    """`hidden`, step by step."""
     cfg = weights.config
     n = len(tokens)
     rows = [(s.cache.length, s.count) for s in spans]

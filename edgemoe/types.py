@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -18,6 +19,10 @@ I32: TypeAlias = NDArray[np.int32]
 I64: TypeAlias = NDArray[np.int64]
 U8: TypeAlias = NDArray[np.uint8]
 U64: TypeAlias = NDArray[np.uint64]
+
+Pass: TypeAlias = Generator[tuple[int, F32, I32, F32], F32 | None, F32]
+"""A forward pass that stops wherever it wants experts: yields the arguments of a call of them, goes
+on with what they give, and returns what the last layer leaves."""
 
 LEVELS = (2, 3, 4, 6, 8)
 """Bit-widths a store can be read at; each is a prefix of the next."""

@@ -264,7 +264,7 @@ def test_drain_finds_what_interrupted_calls_left(sample: Sample, engine: str) ->
             submit(*args)
             raise KeyboardInterrupt
 
-        queue._reader.submit = interrupted  # type: ignore[method-assign]
+        queue._reader.submit = interrupted
         with pytest.raises(KeyboardInterrupt):
             queue.submit(memory, reads[3:5])
         found, lost = queue.drain()

@@ -107,6 +107,6 @@ def test_settings_out_of_range() -> None:
         ({"sequences": 0}, "sequences must be at least 1"),
     ):
         with pytest.raises(UsageError, match=match):
-            edgemoe.load(bundled_path(), ctx_size=64, **wrong)  # type: ignore[arg-type]
+            edgemoe.load(bundled_path(), ctx_size=64, **wrong)
     with pytest.raises(edgemoe.MemoryBudgetError, match="largest expert segment"):
         edgemoe.load(bundled_path(), ctx_size=64, cache="8K")

@@ -52,7 +52,7 @@ def want() -> F32:
 
 
 def source_of(model: edgemoe.Model) -> StreamedExperts:
-    return model._experts._source  # type: ignore[union-attr]
+    return model._experts._source
 
 
 def flip(path: Path, store: Store) -> None:
@@ -131,7 +131,7 @@ def test_memory_that_runs_short_is_given_back(
     monkeypatch.setattr(streamed, "_LOOK_NS", 0)
     with open_streamed(path) as model:
         assert run(model).tobytes() == want.tobytes()
-        source, guard = source_of(model), model._experts._guard  # type: ignore[union-attr]
+        source, guard = source_of(model), model._experts._guard
         before, resident = source.budget_bytes, source._slots.resident_bytes
         in_use = guard.ceiling - guard.margin // 4
 

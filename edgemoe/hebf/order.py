@@ -12,8 +12,7 @@ def hottest_first(ids: I32, level_index: I32) -> Demands:
 
     ids, level_index: int32 [n, k], the expert and the level each token's slot wants. Experts come
     in falling order of the pairs they serve at any level (ties: lower id), and an expert's levels
-    in rising order, the base before its refinements. With everything resident this is the compute
-    order, and the longest jobs going first also balances threads; a loader reads in the same order.
+    in rising order, the base before its refinements.
     """
     experts = ids.reshape(-1).astype(np.int64)
     levels = level_index.reshape(-1)

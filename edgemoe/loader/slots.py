@@ -12,6 +12,7 @@ from __future__ import annotations
 import mmap
 import sys
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,14 +35,38 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000) if _LINUX else 0
 _GIVE_BACK = getattr(mmap, "MADV_DONTNEED" if _LINUX else "MADV_FREE", None)
 
 
-def _counts(store: Store, level_index: int) -> Counter[int]:
-    """How many expert segments there are of each size (whole pages) up to a level."""
-    return Counter(
+class _Kinds(NamedTuple):
+    """Rooms that a store's expert segments go to, the largest first.
+
+    room_of: bytes of the room, by bytes of a segment in whole pages. segments: those that go to
+    rooms of a size, and smallest: the smallest of them, by bytes of the room.
+    """
+
+    room_of: dict[int, int]
+    segments: dict[int, int]
+    smallest: dict[int, int]
+
+    def rooms(self, budget_bytes: int) -> dict[int, int]:
+        """How many rooms of each size there have to be: no more than segments, nor than the
+        smallest of these fit the budget."""
+        return {
+            room: min(n, max(budget_bytes // self.smallest[room], 1))
+            for room, n in self.segments.items()
+        }
+
+
+def _kinds(store: Store) -> _Kinds:
+    counts = Counter(
         whole_pages(size)
         for layer in store.config.moe_layers
-        for size in store.expert_layout(layer).segment_sizes[: level_index + 1]
-        for _ in range(store.config.num_experts)
+        for size in store.expert_layout(layer).segment_sizes
     )
+    kinds = _Kinds(room_sizes(counts), Counter(), {})
+    for size in sorted(counts, reverse=True):
+        room = kinds.room_of[size]
+        kinds.segments[room] += counts[size] * store.config.num_experts
+        kinds.smallest[room] = size
+    return kinds
 
 
 def budget_for(store: Store, level_index: int, experts: int | None = None) -> int:
@@ -51,26 +76,19 @@ def budget_for(store: Store, level_index: int, experts: int | None = None) -> in
     More than `resident.expert_bytes`: free rooms are 1.6 %, page tables 0.2 % a level, and a
     segment takes whole pages, which is 5 % for the bundled model and nothing for large ones.
     """
-    counts = _counts(store, len(store.quant.expert_levels) - 1)
-    room_of = room_sizes(counts)
+    kinds = _kinds(store)
     records = [
-        sum(room_of[whole_pages(size)] for size in layout.segment_sizes[: level_index + 1])
+        sum(kinds.room_of[whole_pages(size)] for size in layout.segment_sizes[: level_index + 1])
         for layout in map(store.expert_layout, store.config.moe_layers)
     ]
     if experts is None:
         taken = sum(records) * store.config.num_experts
     else:
         taken = max(records, default=0) * experts
-    rooms = Counter[int]()
-    smallest: dict[int, int] = {}
-    for size in sorted(counts, reverse=True):
-        rooms[room_of[size]] += counts[size]
-        smallest[room_of[size]] = size
     budget = taken
     while True:
         tables = sum(
-            table_bytes(0, room * min(n, max(budget // smallest[room], 1))) + UNALIGNED_TABLES
-            for room, n in rooms.items()
+            table_bytes(0, room * n) + UNALIGNED_TABLES for room, n in kinds.rooms(budget).items()
         )
         if budget - tables - budget // SPARE >= taken:
             return budget
@@ -107,14 +125,8 @@ class SegmentSlots:
         experts = store.config.num_experts
         self._layouts = {layer: store.expert_layout(layer) for layer in store.config.moe_layers}
         depth = len(store.quant.expert_levels)
-        counts = _counts(store, depth - 1)
-        room_of = room_sizes(counts)
-        # No more rooms than there are segments for, nor than the smallest of these fit the budget.
-        segments, smallest = Counter[int](), dict[int, int]()
-        for size in sorted(counts, reverse=True):
-            segments[room_of[size]] += counts[size]
-            smallest[room_of[size]] = size
-        number = {r: min(n, max(budget_bytes // smallest[r], 1)) for r, n in segments.items()}
+        kinds = _kinds(store)
+        room_of, number = kinds.room_of, kinds.rooms(budget_bytes)
         self.memory, self._map = _reserve(sum(room * n for room, n in number.items()))
         self._first: int = self.memory.ctypes.data
         self._account = Account()

@@ -13,6 +13,8 @@ from .residency import Lease, Policy, Residency, Segment, Want
 from .slots import SegmentSlots, budget_for
 
 Span = Callable[..., None]
+"""Called with a name, begin and end in nanoseconds of time.monotonic_ns, and what else is to be
+known, by keyword."""
 
 _QUEUE_BYTES = 12 << 20
 """Of the read queue: 0.6 MB of tables, and a buffer for each read in flight where segments are not
@@ -47,8 +49,7 @@ class StreamedExperts(Closing):
         level_index: highest level that will be wanted.
         limit: bytes a second to read at most; 0 is no limit.
         depth: reads in flight at most.
-        span: told when each segment was read, as (name, begin, end) in nanoseconds of
-            time.monotonic_ns and what else is to be known.
+        span: told when each segment was read.
 
     Raises:
         MemoryBudgetError: the budget cannot hold the largest segment. UsageError: a limit below 0.
@@ -95,11 +96,6 @@ class StreamedExperts(Closing):
     def unfilled_bytes(self) -> int:
         """Bytes of the budget that nothing has been written to yet."""
         return self._slots.budget_bytes - self._slots.resident_bytes
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read from the file since the start."""
-        return int(self._queue.stats()["bytes_read"])
 
     def reading(self) -> tuple[int, float]:
         """Bytes read since the start, and seconds in which a read was in flight."""
@@ -224,3 +220,5 @@ class StreamedExperts(Closing):
     def close(self) -> None:
         """Stop reading and give all memory back; twice is fine."""
         self._queue.close()
+        self._slots.settle()
+        self._slots.close()

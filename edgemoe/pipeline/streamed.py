@@ -70,7 +70,8 @@ def streamed_mixture(
 ) -> StreamedMixture:
     """All layers' experts of a store at a level (its index), streamed through so many bytes.
 
-    guard: watched before each step; None: nothing is. limit: bytes a second to read; 0: no limit.
+    guard: asked between tokens; None: nothing is given back. limit: bytes a second to read at most;
+    0: no limit.
 
     Raises:
         MemoryBudgetError: the budget cannot hold the largest segment.
@@ -109,7 +110,7 @@ class StreamedMixture(Closing):
     Args:
         pool: what computes. source: where experts come from. level: index of their level.
         bits: of each level. order: of a layer's reads. overlap: compute while reading.
-        guard: of the ceiling; asked once a token. span: told what was done when; None: nobody asks.
+        guard: of the ceiling; asked between tokens. span: told what was done when.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class StreamedMixture(Closing):
         return replace(
             self._counts.traffic,
             missed_bytes=self._source.missed_bytes,
-            bytes_read=self._source.bytes_read,
+            bytes_read=self._source.reading()[0],
             evictions=self._source.evictions,
             wait_s=self._wait_ns / 1e9,
         )

@@ -65,7 +65,7 @@ class Timeline(Closing):
         try:
             self._write(f"{MAGIC.decode()}\n{_json(_named('compute', _COMPUTE))}", self._now)
         except BaseException:
-            self._abandon()
+            self.discard()
             raise
 
     def add(self, name: str, begin_ns: int, end_ns: int, **args: Any) -> None:
@@ -83,7 +83,7 @@ class Timeline(Closing):
             try:
                 self._flush()
             except OutputError:
-                self._abandon()
+                self.discard()
                 raise
 
     def close(self) -> None:
@@ -102,9 +102,10 @@ class Timeline(Closing):
             with reporting(self._file.where):
                 self._file.commit()
         finally:
-            self._abandon()
+            self.discard()
 
-    def _abandon(self) -> None:
+    def discard(self) -> None:
+        """Leave nothing behind; after `close` this changes nothing."""
         self._closed = True
         self._file.discard()
 
