@@ -26,6 +26,9 @@ constexpr double SLICE_S = 0.1;
 // Columns of the table of reads.
 enum { OFFSET, SIZE, CRC32C, AT, ROOM, TAG, COLUMNS };
 
+// What submit answers beside the codes of em_reader_submit.
+enum { OUTSIDE = -1 };
+
 struct Reader {
     em_reader *r = nullptr;
     std::unordered_map<uint64_t, Array<uint8_t>> memory; // by tag; guarded by the GIL
@@ -52,7 +55,9 @@ struct Reader {
     int submit(Array<uint8_t> out, Array<const uint64_t> table, int64_t priority) {
         std::vector<em_read> reads(table.shape(0));
         const uint64_t *row = table.data();
+        const uint64_t bytes = out.size();
         for (em_read &read : reads) {
+            if (row[ROOM] > bytes || row[AT] > bytes - row[ROOM]) return OUTSIDE;
             read = {row[OFFSET],          row[SIZE], row[ROOM],
                     out.data() + row[AT], row[TAG],  static_cast<uint32_t>(row[CRC32C])};
             row += COLUMNS;

@@ -212,6 +212,11 @@ int em_reader_wait(em_reader *r, const uint64_t *tag, double seconds, em_read_do
             status = EM_READER_TIMEOUT;
             break;
         }
+        if (em_op_finish_oldest(r)) {
+            /* Without an op its thread could not go on. */
+            if (r->idle_count == 1 && r->waiting.next != &r->waiting) r->engine->wake(r);
+            continue;
+        }
         late = pthread_cond_timedwait(&r->done, &r->lock, &at) == ETIMEDOUT;
     }
     if (patience > 0) r->waited_ns += em_now_ns() - begun;
@@ -325,6 +330,7 @@ void em_reader_close(em_reader *r) {
     if (!first) return;
     r->engine->stop(r);
     pthread_mutex_lock(&r->lock);
+    while (r->finishing) pthread_cond_wait(&r->done, &r->lock);
     r->closed = 1;
     pthread_cond_broadcast(&r->done);
     pthread_mutex_unlock(&r->lock);

@@ -98,6 +98,9 @@ struct em_reader {
     uint64_t busy_since_ns, busy_ns, waited_ns, verify_ns;
     em_op *ops[EM_READER_OPS]; /* the engine's: in flight, and waiting to be verified */
     int op_count;
+    /* io_uring's: those not in use, and those landed and not verified, oldest first. */
+    em_op *idle[EM_READER_OPS], *landed[EM_READER_OPS];
+    int idle_count, landed_count, finishing;
     em_reader_stats stats;
 };
 
@@ -119,11 +122,16 @@ int em_op_aim(em_reader *r, em_op *op, size_t most, uint64_t *position);
 /* What the system answered: bytes or -errno. 1: the op is over; 0: go on with em_op_aim. */
 int em_op_result(em_reader *r, em_op *op, ssize_t got);
 
-/* The op is no longer in flight: another may be. */
+/* The op is no longer in flight: another may be. Lock held. */
 void em_op_landed(em_reader *r, em_op *op);
 
 /* Verifies what is complete and reports it. */
 void em_op_finish(em_reader *r, em_op *op);
+
+/* Finishes the oldest op of r->landed, if there is one, and puts it to r->idle; whether there was. Lock held,
+ * but not while it is verified. Whoever waits helps the engine's thread: reads often land together, and one
+ * processor checks them no faster than it reads memory. */
+int em_op_finish_oldest(em_reader *r);
 
 /* The tests put faults here: called before each read of at most *most bytes at a position of the file; it may
  * lower *most, take its time, or answer an errno instead of the system. */

@@ -198,7 +198,6 @@ int em_op_result(em_reader *r, em_op *op, ssize_t got) {
 }
 
 void em_op_landed(em_reader *r, em_op *op) {
-    pthread_mutex_lock(&r->lock);
     const uint64_t now = em_monotonic_ns();
     for (int i = 0; i < op->parts; i++) op->part[i].request->done.ended_ns = now;
     op->begun_ns = 0;
@@ -207,7 +206,6 @@ void em_op_landed(em_reader *r, em_op *op) {
     r->stats.bytes_read += op->bytes;
     r->stats.reads += op->reads;
     r->stats.retries += op->retries;
-    pthread_mutex_unlock(&r->lock);
 }
 
 /* Bytes of a part that have arrived, copied to where they are wanted; how many. */
@@ -289,4 +287,17 @@ void em_op_finish(em_reader *r, em_op *op) {
     }
     if (count) pthread_cond_broadcast(&r->done);
     pthread_mutex_unlock(&r->lock);
+}
+
+int em_op_finish_oldest(em_reader *r) {
+    if (!r->landed_count) return 0;
+    em_op *op = r->landed[0];
+    memmove(r->landed, r->landed + 1, (size_t)--r->landed_count * sizeof *r->landed);
+    r->finishing++;
+    pthread_mutex_unlock(&r->lock);
+    em_op_finish(r, op);
+    pthread_mutex_lock(&r->lock);
+    r->idle[r->idle_count++] = op;
+    if (!--r->finishing && r->quit) pthread_cond_broadcast(&r->done);
+    return 1;
 }

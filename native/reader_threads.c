@@ -55,7 +55,9 @@ static void *thread_main(void *raw) {
         if (r->waiting.next != &r->waiting) pthread_cond_signal(&r->work);
         pthread_mutex_unlock(&r->lock);
         read_all(r, op);
+        pthread_mutex_lock(&r->lock);
         em_op_landed(r, op);
+        pthread_mutex_unlock(&r->lock);
         em_op_finish(r, op);
         pthread_mutex_lock(&r->lock);
     }

@@ -31,14 +31,14 @@ typedef struct {
     struct io_uring_cqe *cqes;
     unsigned *sq_tail, *sq_mask, *sq_array, *cq_head, *cq_tail, *cq_mask;
     unsigned unsubmitted;
-    em_op *idle[EM_READER_OPS]; /* not in use */
-    em_op *over[EM_READER_OPS]; /* landed and not verified, oldest first */
-    int idle_count, over_count;
 } em_uring;
 
-static void lands(em_reader *r, em_uring *u, em_op *op) {
+static void lands(em_reader *r, em_op *op) {
+    pthread_mutex_lock(&r->lock);
     em_op_landed(r, op);
-    u->over[u->over_count++] = op;
+    r->landed[r->landed_count++] = op;
+    pthread_cond_broadcast(&r->done); /* whoever waits may verify it */
+    pthread_mutex_unlock(&r->lock);
 }
 
 /* The next call of a read goes into the ring; it is submitted later, with others. */
@@ -63,7 +63,7 @@ static void issue(em_reader *r, em_uring *u, em_op *op) {
             return;
         }
         if (em_op_result(r, op, -fault)) {
-            lands(r, u, op);
+            lands(r, op);
             return;
         }
     }
@@ -80,7 +80,7 @@ static void refuse(em_reader *r, em_uring *u, int error) {
     u->unsubmitted = 0;
     for (unsigned i = 0; i < n; i++) {
         refused[i]->error = error;
-        lands(r, u, refused[i]);
+        lands(r, refused[i]);
     }
 }
 
@@ -105,7 +105,7 @@ static void reap(em_reader *r, em_uring *u) {
         __atomic_store_n(u->cq_head, ++head, __ATOMIC_RELEASE);
         em_op *op = (em_op *)(uintptr_t)cqe.user_data;
         if (em_op_result(r, op, cqe.res))
-            lands(r, u, op);
+            lands(r, op);
         else
             issue(r, u, op);
     }
@@ -118,15 +118,11 @@ static int fill(em_reader *r, em_uring *u, uint64_t *until, int *left) {
     for (;;) {
         pthread_mutex_lock(&r->lock);
         em_op *op = NULL;
-        if (u->idle_count) {
-            op = u->idle[u->idle_count - 1];
-            if (!em_op_take(r, op, until)) op = NULL;
-        }
+        if (r->idle_count && em_op_take(r, r->idle[r->idle_count - 1], until)) op = r->idle[--r->idle_count];
         const int quit = r->quit;
         *left = r->in_flight;
         pthread_mutex_unlock(&r->lock);
         if (!op) return !quit;
-        u->idle_count--;
         issue(r, u, op);
     }
 }
@@ -153,14 +149,11 @@ static void *uring_main(void *raw) {
         reap(r, u);
         const int go_on = fill(r, u, &until, &in_flight);
         const int taken = submit(r, u);
-        if (u->over_count) {
-            /* One at a time: the device shall not wait for work while checksums are computed. */
-            em_op *op = u->over[0];
-            memmove(u->over, u->over + 1, (size_t)--u->over_count * sizeof op);
-            em_op_finish(r, op);
-            u->idle[u->idle_count++] = op;
-            continue;
-        }
+        /* One at a time: the device shall not wait for work while checksums are computed. */
+        pthread_mutex_lock(&r->lock);
+        const int finished = em_op_finish_oldest(r);
+        pthread_mutex_unlock(&r->lock);
+        if (finished) continue;
         if (!go_on && !in_flight) return NULL;
         if (!taken) until = em_now_ns() + BREATH_NS;
         sleep_until(u, until);
@@ -231,7 +224,7 @@ static int uring_start(em_reader *r) {
     int error = u->event < 0 ? errno : open_ring(u, depth);
     if (!error) error = em_ops_new(r, ops);
     if (!error) {
-        for (; u->idle_count < ops; u->idle_count++) u->idle[u->idle_count] = r->ops[u->idle_count];
+        for (; r->idle_count < ops; r->idle_count++) r->idle[r->idle_count] = r->ops[r->idle_count];
         pthread_attr_t small;
         pthread_attr_init(&small);
         pthread_attr_setstacksize(&small, EM_READER_STACK);

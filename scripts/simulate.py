@@ -153,6 +153,9 @@ POLICIES: dict[str, Callable[[Model, I32], Policy]] = {
 }
 
 
+OURS = ("worth", "quality")
+
+
 def start_edgemoe(cache: Residency, model: Model, routes: I32) -> I64:
     """Load the most frequent experts until the next does not fit.
 
@@ -170,15 +173,16 @@ def start_edgemoe(cache: Residency, model: Model, routes: I32) -> I64:
     return depths
 
 
-def step(cache: Residency, layer: int, wants: Sequence[Want]) -> Lease:
-    """All that a layer step does to the cache."""
+def step(cache: Residency, layer: int, wants: Sequence[Want], ahead: bool = False) -> Lease:
+    """All that a layer step does to the cache. ahead: evict for the next, as the engine does."""
     lease = cache.acquire(layer, wants)
     if lease is None:
         raise AssertionError("a lease is held that nobody took")
+    evict = cache.spare(layer, wants[0].depth) if ahead and lease.load else ()
     for segment in lease.load:
         cache.land(segment)
     cache.release(lease)
-    return lease
+    return lease._replace(evict=lease.evict + evict)
 
 
 def replay(
@@ -210,9 +214,9 @@ def replay(
         for layer, ids in enumerate(picked):
             depth = depths[layer, ids]
             wants = [Want(*want) for want in zip(ids.tolist(), depth.tolist(), strict=True)]
-            held = cache.claimed(layer)
+            held = np.array(cache.claimed(layer), np.int32)
             cache.observe(layer, wants)
-            lease = step(cache, layer, wants)
+            lease = step(cache, layer, wants, name in OURS)
             if token < args.skip:
                 continue
             wanted += lease.wanted_bytes

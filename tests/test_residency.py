@@ -60,13 +60,13 @@ def test_books_against_an_arena(name: str) -> None:
             layer = turn % LAYERS
             experts = rng.permutation(EXPERTS)[:TOP_K].tolist()
             wants = [Want(e, int(rng.integers(1, LEVELS + 1))) for e in experts]
-            before, used = cache.claimed(layer).tolist(), cache.used_bytes
+            before, used = cache.claimed(layer), cache.used_bytes
             cache.observe(layer, wants)
             lease = cache.acquire(layer, wants)
             if lease is None:
                 blocked += 1
                 assert held and cache.used_bytes == used
-                assert cache.claimed(layer).tolist() == before
+                assert cache.claimed(layer) == before
             else:
                 arena.take(lease, held)
                 held.append(lease)
@@ -155,7 +155,7 @@ def test_raising_reads_what_is_missing_and_lowering_drops_the_top() -> None:
     assert step(cache, 0, (0, 3)).load == (Segment(0, 0, 1), Segment(0, 0, 2))
     lease = step(cache, 0, (1, 2))
     assert lease.evict == (Segment(0, 0, 2),)
-    assert cache.claimed(0).tolist() == [2, 2, 0, 0, 0, 0]
+    assert cache.claimed(0) == [2, 2, 0, 0, 0, 0]
 
 
 def test_rivals_drop_whole_experts() -> None:
@@ -257,3 +257,23 @@ def test_static_levels_take_the_best_raises_that_fit() -> None:
     assert static_levels(loss[:, :, :1], [[10]], 20).tolist() == [[0, 0]]
     with pytest.raises(UsageError, match="19 bytes do not hold"):
         static_levels(loss, sizes, 19)
+
+
+def test_room_is_made_ahead_of_need() -> None:
+    """Two experts, which are a 64th of the budget and not more; nothing that a lease holds."""
+    cache = Residency([[1, 1]], 300, 256, LeastRecentlyUsed(1, 300))
+    for expert in range(128):
+        step(cache, 0, (expert, 2))
+    assert cache.used_bytes == 256
+    gone = cache.spare(0, 2)
+    assert gone == (Segment(0, 0, 1), Segment(0, 0, 0), Segment(0, 1, 1), Segment(0, 1, 0))
+    assert cache.used_bytes == 252 and cache.spare(0, 2) == ()
+    lease = cache.acquire(0, [Want(200, 2), Want(201, 2)])
+    assert lease is not None and lease.evict == ()
+    cache.resize(255)
+    before = cache.used_bytes
+    assert cache.spare(0, 2) == () and cache.used_bytes == before
+
+    cache = Residency([[1, 1]], 300, 256, LeastRecentlyUsed(1, 300))
+    all_of_it = cache.acquire(0, [Want(expert, 2) for expert in range(127)])
+    assert all_of_it is not None and cache.spare(0, 2) == () and cache.used_bytes == 254

@@ -68,7 +68,7 @@ def test_what_was_broken_off_is_settled() -> None:
     for segment in segments(0, 0, 1) + segments(2, 0):
         cache.land(segment)
     cache.settle([[2, 0, 1, 0, 0, 0]])
-    assert cache.claimed(0).tolist() == [2, 0, 1, 0, 0, 0]
+    assert cache.claimed(0) == [2, 0, 1, 0, 0, 0]
     assert [cache.ready(0, e) for e in range(4)] == [2, 0, 1, 0]
     assert cache.used_bytes == 250
     for gone in (lease, other):
@@ -94,7 +94,7 @@ def test_a_smaller_budget_evicts_what_the_policy_gives_up_first() -> None:
     assert cache.resize(350) == segments(0, 2) + segments(1, 2, 1, 0)
     assert (cache.budget, cache.used_bytes) == (350, 350)
     assert cache.resize(150) == segments(2, 2, 1, 0)
-    assert cache.claimed(0).tolist() == [2, 0, 0, 0, 0, 0]
+    assert cache.claimed(0) == [2, 0, 0, 0, 0, 0]
     with pytest.raises(MemoryBudgetError, match="room for 150"):
         cache.acquire(0, [Want(1, 3)])
     cache.release(held)
@@ -126,11 +126,11 @@ def test_books_against_an_arena_where_reads_fail_and_budgets_change() -> None:
             arena.there[on_their_way[at]] = True
         if rng.random() < 0.2:
             budget = int(rng.integers(600, 1500))
-            before = cache.claimed(0).tolist(), cache.used_bytes, cache.budget
+            before = cache.claimed(0), cache.used_bytes, cache.budget
             gone = cache.resize(budget)
             if gone is None:
                 refused += 1
-                assert before == (cache.claimed(0).tolist(), cache.used_bytes, cache.budget)
+                assert before == (cache.claimed(0), cache.used_bytes, cache.budget)
             else:
                 shrunk += bool(gone)
                 arena.budget = budget
@@ -153,7 +153,7 @@ def test_books_against_an_arena_where_reads_fail_and_budgets_change() -> None:
         assert cache.used_bytes == arena.bytes() <= cache.budget
         for owner in range(LAYERS):
             have = [sum(s[:2] == (owner, e) for s in arena.there) for e in range(EXPERTS)]
-            assert cache.claimed(owner).tolist() == have
+            assert cache.claimed(owner) == have
     assert min(lost, shrunk, refused) > 20
 
 

@@ -26,6 +26,7 @@ OK, DAMAGED, FAILED, TRUNCATED = range(4)
 """How a read ended: verified, not the bytes of its CRC, refused, beyond the end of the file."""
 
 _TIMEOUT, _UNKNOWN, _DUPLICATE, _FULL, _INVALID, _CLOSED = range(1, 7)
+_OUTSIDE = -1
 _COLUMNS = 6
 
 
@@ -126,10 +127,9 @@ class Reader(Closing):
         dispatch.check("reads", reads, np.uint64, None, _COLUMNS)
         if not memory.flags.writeable:
             raise KernelError("memory: expected a writable array")
-        at, room = reads[:, 3], reads[:, 4]
-        if (room > memory.size).any() or (at > memory.size - room).any():
-            raise KernelError(f"reads: a room lies outside the {memory.size} bytes of memory")
         code = self._native.submit(memory, reads, priority)
+        if code == _OUTSIDE:
+            raise KernelError(f"reads: a room lies outside the {memory.size} bytes of memory")
         if code == _INVALID:
             raise KernelError("reads: expected sizes of 1 to the room, and offsets within a file")
         if code == _DUPLICATE:

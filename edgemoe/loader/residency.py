@@ -18,7 +18,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from ..errors import MemoryBudgetError, UsageError, shown
-from ..types import F32, F64, I32
+from ..types import F32, F64
+
+_AHEAD, _AHEAD_PART = 2, 64
+"""Experts that `spare` makes room for; the part of a budget that they may take."""
 
 
 class Want(NamedTuple):
@@ -109,10 +112,10 @@ class Residency:
         """Bytes of all claimed segments; at most the budget."""
         return self._used
 
-    def claimed(self, layer: int) -> I32:
-        """Segments of each expert of a layer that are there or on their way: int32 [experts]."""
+    def claimed(self, layer: int) -> list[int]:
+        """Segments of each expert of a layer that are there or on their way."""
         begin = layer * self._experts
-        return np.array(self._claimed[begin : begin + self._experts], np.int32)
+        return self._claimed[begin : begin + self._experts]
 
     def ready(self, layer: int, expert: int) -> int:
         """How many first segments of an expert have landed."""
@@ -188,6 +191,15 @@ class Residency:
         lease = Lease(layer, tuple(wants), tuple(evict), tuple(load), wanted, load_bytes)
         self._leases[id(lease)] = lease
         return lease
+
+    def spare(self, layer: int, depth: int) -> tuple[Segment, ...]:
+        """Evict ahead of need, top segments before lower ones, so that what is missing next can be
+        read at once: until two of the layer's experts with so many segments would fit. Nothing in
+        budgets of which that is more than a 64th."""
+        ahead = _AHEAD * self._prefix[layer][depth]
+        if ahead > self.budget // _AHEAD_PART:
+            return ()
+        return tuple(self._make_room(layer, max(self.budget - ahead, self._held)))
 
     def _make_room(self, layer: int, target: int) -> list[Segment]:
         """Evict until `target` bytes are used; what leases hold, which is less, is passed over."""

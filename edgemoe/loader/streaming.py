@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from ..closing import Closing
 from ..layout import RecordLayout
 from ..store import Store
-from ..types import I32, U64
+from ..types import U64
 from .queue import Read, ReadQueue
 from .residency import Lease, Policy, Residency, Segment, Want
 from .slots import SegmentSlots, budget_for
@@ -123,8 +123,8 @@ class StreamedExperts(Closing):
         """Whether `count` experts with so many segments fit in memory that holds nothing else."""
         return count * self.expert_bytes(layer, depth) <= self._residency.budget
 
-    def claimed(self, layer: int) -> I32:
-        """Segments of each expert that are there or on their way: int32 [experts]."""
+    def claimed(self, layer: int) -> list[int]:
+        """Segments of each expert that are there or on their way."""
         return self._residency.claimed(self._ordinal[layer])
 
     def ready(self, layer: int, expert: int) -> int:
@@ -143,18 +143,26 @@ class StreamedExperts(Closing):
         if lease is None:
             return None
         self.missed_bytes += lease.load_bytes
-        self.evictions += len(lease.evict)
-        slots = self._slots
-        for owner, expert, level in lease.evict:
-            slots.evict(self._layers[owner], expert, level)
+        self._evict(lease.evict)
         if lease.load:
+            slots, segment = self._slots, self._store.expert_segment
+            first = ordinal * self._experts
             reads = []
             for _, expert, level in lease.load:
                 at, room = slots.commit(layer, expert, level)
-                tag = (ordinal * self._experts + expert) * self._levels + level
-                reads.append(Read(self._store.expert_segment(layer, expert, level), at, room, tag))
+                tag = (first + expert) * self._levels + level
+                reads.append(Read(segment(layer, expert, level), at, room, tag))
             self._queue.submit(slots.memory, reads, self._step)
         return lease
+
+    def spare(self, layer: int, depth: int) -> None:
+        """Evict ahead of need (Residency.spare): once a layer step, with its reads under way."""
+        self._evict(self._residency.spare(self._ordinal[layer], depth))
+
+    def _evict(self, segments: Sequence[Segment]) -> None:
+        self.evictions += len(segments)
+        for owner, expert, level in segments:
+            self._slots.evict(self._layers[owner], expert, level)
 
     def collect(self, wait: bool = True) -> Segment | None:
         """The next segment that has landed; None if none has, or, with `wait`, none is on its way.
@@ -212,9 +220,7 @@ class StreamedExperts(Closing):
         evict = self._residency.resize(self._slots.capacity(budget))
         if evict is None:
             return
-        self.evictions += len(evict)
-        for owner, expert, level in evict:
-            self._slots.evict(self._layers[owner], expert, level)
+        self._evict(evict)
         self._slots.resize(budget)
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from . import floats
 
 _READ_OK, _DAMAGED, _FAILED, _TRUNCATED = range(4)
 _OK, _TIMEOUT, _UNKNOWN, _DUPLICATE, _FULL, _INVALID, _CLOSED = range(7)
+_OUTSIDE = -1
 _PAGE = 4096
 _SLICE_S = 0.1
 """How long a wait may be deaf to signals."""
@@ -76,6 +77,8 @@ class Reader:
     def submit(self, memory: U8, reads: U64, priority: int) -> int:
         """Queue rows of (offset, size, CRC32C, at, room, tag), all or none."""
         rows = [tuple(map(int, row)) for row in reads]
+        if any(at + room > memory.size for _, _, _, at, room, _ in rows):
+            return _OUTSIDE
         if any(
             not 0 < size <= room or offset + size >= 1 << 63 for offset, size, _, _, room, _ in rows
         ):

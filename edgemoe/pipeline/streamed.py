@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -93,12 +92,14 @@ def streamed_mixture(
 @dataclass
 class Step:
     """A layer step under way. todo: experts not yet computed. missing: those not yet claimed, in
-    the order of their reads. leases: with the experts of each that are not yet computed."""
+    the order of their reads. spare_due: nothing was evicted for the next step yet. leases: with the
+    experts of each that are not yet computed."""
 
     layer: int
     counts: dict[int, int]
     todo: list[int]
     missing: list[int]
+    spare_due: bool
     leases: list[tuple[Lease, set[int]]] = field(default_factory=list)
     pair_out: F32 = field(init=False)
     parts: kernels.MixtureParts = field(init=False)
@@ -167,36 +168,50 @@ class StreamedMixture(Closing):
             ChecksumError, StoreError: an expert cannot be read.
             MemoryBudgetError: a single expert does not fit.
         """
-        with self._recovering():
+        try:
             self._watch(layer)
-            if ids.size <= kernels.AT_ONCE_PAIRS and not self._open:
-                wanted = set(ids.ravel().tolist())
-                ready = self._source.ready
-                if all(ready(layer, e) >= self._depth for e in wanted):
-                    return self._at_once(layer, x, ids, weights, wanted)
-            return self._finish(self._begin(layer, x, ids, weights))
+            wanted = self._wanted(ids)
+            missing = self._missing(layer, wanted)
+            # With no step open nothing is on its way.
+            if not missing and not self._open and ids.size <= kernels.AT_ONCE_PAIRS:
+                return self._at_once(layer, x, ids, weights, wanted)
+            return self._finish(self._begin(layer, x, ids, weights, wanted, missing))
+        except BaseException:
+            self._recover()
+            raise
 
     def begin(self, layer: int, x: F32, ids: I32, weights: F32) -> Step:
         """Ask for all that the layer wants; arguments as for a call, to stay as they are until
         `finish`, and errors as of a call."""
-        with self._recovering():
+        try:
             self._watch(layer)
-            return self._begin(layer, x, ids, weights)
+            wanted = self._wanted(ids)
+            return self._begin(layer, x, ids, weights, wanted, self._missing(layer, wanted))
+        except BaseException:
+            self._recover()
+            raise
 
     def finish(self, step: Step) -> F32:
         """What the layer's experts give: float32 [n, hidden]; errors as of a call."""
-        with self._recovering():
-            return self._finish(step)
-
-    @contextmanager
-    def _recovering(self) -> Iterator[None]:
-        """Whatever ends a step, the next may begin as if it had never been."""
         try:
-            yield
+            return self._finish(step)
         except BaseException:
-            self._open.clear()
-            self._source.recover()
+            self._recover()
             raise
+
+    def _recover(self) -> None:
+        """Whatever ended a step, the next may begin as if it had never been."""
+        self._open.clear()
+        self._source.recover()
+
+    def _wanted(self, ids: I32) -> dict[int, int]:
+        """How many tokens want each expert, lowest first."""
+        return dict(sorted(Counter(ids.ravel().tolist()).items()))
+
+    def _missing(self, layer: int, wanted: Iterable[int]) -> list[int]:
+        """Those that are neither there nor on their way."""
+        held = self._source.claimed(layer)
+        return [e for e in wanted if held[e] < self._depth]
 
     def _watch(self, layer: int) -> None:
         """Now and then, between tokens: give memory back before the ceiling is reached."""
@@ -209,9 +224,9 @@ class StreamedMixture(Closing):
             if excess:
                 self._source.shrink(excess)
 
-    def _at_once(self, layer: int, x: F32, ids: I32, weights: F32, wanted: set[int]) -> F32:
+    def _at_once(self, layer: int, x: F32, ids: I32, weights: F32, wanted: dict[int, int]) -> F32:
         """All is there and nothing can go away meanwhile: no step is open."""
-        self._source.observe(layer, [Want(e, self._depth) for e in sorted(wanted)])
+        self._source.observe(layer, [Want(e, self._depth) for e in wanted])
         self._counts.add(layer, ids, weights)
         begun = time.monotonic_ns()
         out = self._mixtures[layer](self._pool, x, ids, weights)
@@ -219,13 +234,15 @@ class StreamedMixture(Closing):
         self._profile.computed(len(wanted), ids.size, (ended - begun) / 1e9)
         return out
 
-    def _begin(self, layer: int, x: F32, ids: I32, weights: F32) -> Step:
+    def _begin(
+        self, layer: int, x: F32, ids: I32, weights: F32, wanted: dict[int, int], missing: list[int]
+    ) -> Step:
+        # All that comes before the first read is time in which the disk does nothing.
         source, depth = self._source, self._depth
-        wanted = dict(sorted(Counter(ids.ravel().tolist()).items()))
         source.observe(layer, [Want(e, depth) for e in wanted])
-        held = source.claimed(layer).tolist()
-        step = Step(layer, wanted, list(wanted), self._ordered(layer, ids, wanted, held))
-        here = [e for e in wanted if held[e] >= depth]
+        here = [e for e in wanted if e not in missing]
+        order = self._ordered(layer, ids, wanted, missing)
+        step = Step(layer, wanted, list(wanted), order, bool(missing))
         if source.fits(layer, depth, len(wanted)) and self._claim(step, here + step.missing):
             step.missing = []
         else:
@@ -262,6 +279,13 @@ class StreamedMixture(Closing):
                 self._wait(step)
             elif not self._claim_missing(step):
                 self._make_way(step)
+        self._evict_ahead(step)
+
+    def _evict_ahead(self, step: Step) -> None:
+        """Once a step, when there is nothing better to do: evict for the next."""
+        if step.spare_due:
+            step.spare_due = False
+            self._source.spare(step.layer, self._depth)
 
     def _compute(self, step: Step, experts: list[int]) -> None:
         begun = time.monotonic_ns()
@@ -281,6 +305,7 @@ class StreamedMixture(Closing):
         step.leases = left
 
     def _wait(self, step: Step) -> None:
+        self._evict_ahead(step)
         begun = time.monotonic_ns()
         self._source.collect()
         ended = self._note("wait", begun, step.layer)
@@ -313,9 +338,13 @@ class StreamedMixture(Closing):
         for other in others:
             self._complete(other)
 
-    def _ordered(self, layer: int, ids: I32, counts: dict[int, int], held: list[int]) -> list[int]:
+    def _ordered(
+        self, layer: int, ids: I32, counts: dict[int, int], missing: list[int]
+    ) -> list[int]:
         """Experts that are missing in the order of their reads."""
-        missing = [e for e in counts if held[e] < self._depth]
+        if len(missing) <= 1:
+            return missing
+        held = self._source.claimed(layer)
         if len({(held[e], counts[e]) for e in missing}) <= 1:
             return missing  # every order takes the same time
         demands = hottest_first(ids, np.full(ids.shape, self._level, np.int32))
