@@ -26,6 +26,7 @@ from .loader.guard import Guard
 from .loader.resident import Progress, ResidentExperts
 from .model import Span, Weights, drive, halves, layers, logits
 from .perfmodel import fit
+from .pipeline.ahead import NextRouter, Routing
 from .pipeline.drive import alternate, traced
 from .pipeline.serial import SerialExperts
 from .pipeline.streamed import StreamedMixture, streamed_mixture
@@ -266,12 +267,19 @@ class Model(Closing):
         level = quant.expert_levels.index(plan.bits)
         if plan.streamed:
             guard = Guard(budget.ceiling, budget.margin)
+            guess = self._guess() if streaming.look_ahead and streaming.overlap else None
             self._experts = streamed_mixture(
-                store, self._pool, budget.experts, level, streaming, guard, io_limit, span
+                store, self._pool, budget.experts, level, streaming, guess, guard, io_limit, span
             )
         else:
             resident = ResidentExperts(store, arena, level, progress)
             self._experts = SerialExperts(self._pool, resident, span)
+
+    def _guess(self) -> NextRouter:
+        """At what the next layer will want."""
+        layers_ = enumerate(self._weights.layers if self._weights is not None else ())
+        routings = [Routing(i, v.post_norm, v.router) for i, v in layers_ if v.router is not None]
+        return NextRouter(self._pool, routings, self.config.num_experts_per_tok)
 
     def close(self) -> None:
         """Give the weights' memory back and close the store; twice is fine."""

@@ -196,7 +196,8 @@ class Streaming:
     """How experts are streamed where they do not all fit.
 
     policy: one of POLICIES. order: one of ORDERS. overlap: compute while reading; False: read what
-    a layer needs, then compute it. trace: a Chrome trace of the run to be written
+    a layer needs, then compute it. look_ahead: read what the next layer will probably want, while
+    such guesses prove right (pipeline/ahead.py). trace: a Chrome trace of the run to be written
     (pipeline/timeline.py), or None; also where all experts fit.
 
     Raises:
@@ -206,6 +207,7 @@ class Streaming:
     policy: str = "worth"
     order: str = "shortest"
     overlap: bool = True
+    look_ahead: bool = True
     trace: Path | None = None
 
     def __post_init__(self) -> None:

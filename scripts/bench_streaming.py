@@ -173,7 +173,7 @@ class Bench:
         said, stderr = self._start(cap, [
             "-c", main, "run", self.args.store, "!", "--raw", "--temp", "0", "--bits", str(LEVEL),
             "--exact", "--mem", cap, "-n", str(self.args.tokens), "-t", str(self.args.threads),
-            "--json", *more,
+            "--json", *more, *(() if self.args.look_ahead else ("--no-look-ahead",)),
         ])  # fmt: skip
         if said["prompt_tokens"] != 1 or said["generated_tokens"] != self.args.tokens:
             raise EdgeMoEError("the model does not go on from one token ('!') to the end: see -n")
@@ -183,6 +183,8 @@ class Bench:
         """streaming_child.py under a cap; None: with all experts resident."""
         job = {"prefill": False, "batch": 1, "tokens": self.args.tokens, "streaming": {}} | job
         job |= {"store": self.args.store, "mem": cap or "auto", "steps": self._steps}
+        # What a step misses is told by its reads: none may begin before it.
+        job["streaming"] = {"look_ahead": False, **job["streaming"]}
         job |= {"threads": self.args.threads, "trace": job.get("trace"), "bits": LEVEL}
         said, _ = self._start(cap, [str(CHILD), json.dumps(job)])
         if said["streamed"] == (cap is None):
@@ -366,6 +368,12 @@ def options() -> argparse.Namespace:
                    "--orders, and at least 8 a sequence (128)")  # fmt: skip
     p.add_argument("--prompt", type=int, default=512, help="of prefill (512)")
     p.add_argument("--rounds", type=int, default=5, help="(5)")
+    p.add_argument(
+        "--look-ahead",
+        action="store_true",
+        help="in what is timed alone; a scripted router (--routes) makes every guess right, which "
+        "real ones are not",
+    )
     p.add_argument("-t", "--threads", type=int, default=default_threads())
     what = p.add_mutually_exclusive_group()
     for mode in (serial, orders):

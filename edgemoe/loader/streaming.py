@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..closing import Closing
 from ..layout import RecordLayout
@@ -131,9 +131,16 @@ class StreamedExperts(Closing):
         """How many first segments of an expert have landed."""
         return self._residency.ready(self._ordinal[layer], expert)
 
-    def claim(self, layer: int, wants: Sequence[Want]) -> Lease | None:
+    def landed(self, layer: int, experts: Iterable[int], depth: int) -> bool:
+        """Whether so many first segments of all these experts have landed."""
+        ordinal, ready = self._ordinal[layer], self._residency.ready
+        return all(ready(ordinal, expert) >= depth for expert in experts)
+
+    def claim(self, layer: int, wants: Sequence[Want], early: bool = False) -> Lease | None:
         """Keep these experts in memory until `release`, and read what is missing of them, in the
         order of `wants`. None, with nothing changed, if other leases leave too little room.
+
+        early: they are not yet asked for; reads of the next layer step that are go first.
 
         Raises:
             MemoryBudgetError: they would not fit in memory that holds nothing else.
@@ -152,7 +159,7 @@ class StreamedExperts(Closing):
                 at, room = slots.commit(layer, expert, level)
                 tag = (first + expert) * self._levels + level
                 reads.append(Read(segment(layer, expert, level), at, room, tag))
-            self._queue.submit(slots.memory, reads, self._step)
+            self._queue.submit(slots.memory, reads, 2 * self._step + 3 * early)
         return lease
 
     def spare(self, layer: int, depth: int) -> None:

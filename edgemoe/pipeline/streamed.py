@@ -28,6 +28,7 @@ from ..loader.residency import Lease, Policy, Want
 from ..loader.streaming import Span, StreamedExperts
 from ..store import Store
 from ..types import F32, I32, Streaming, Traffic
+from .ahead import Guess, LookAhead
 from .costs import Profile
 from .counts import DemandCounts
 
@@ -63,14 +64,15 @@ def streamed_mixture(
     budget_bytes: int,
     level: int,
     streaming: Streaming,
+    guess: Guess | None = None,
     guard: Guard | None = None,
     limit: float = 0.0,
     span: Span | None = None,
 ) -> StreamedMixture:
     """All layers' experts of a store at a level (its index), streamed through so many bytes.
 
-    guard: asked between tokens; None: nothing is given back. limit: bytes a second to read at most;
-    0: no limit.
+    guess: at what the next layer wants; None: nothing is read ahead. guard: asked between tokens;
+    None: nothing is given back. limit: bytes a second to read at most; 0: no limit.
 
     Raises:
         MemoryBudgetError: the budget cannot hold the largest segment.
@@ -84,6 +86,7 @@ def streamed_mixture(
         store.quant.expert_levels,
         ORDERS[streaming.order],
         overlap=streaming.overlap,
+        ahead=None if guess is None else LookAhead(guess),
         guard=guard,
         span=span,
     )
@@ -111,6 +114,7 @@ class StreamedMixture(Closing):
     Args:
         pool: what computes. source: where experts come from. level: index of their level.
         bits: of each level. order: of a layer's reads. overlap: compute while reading.
+        ahead: what the next layer will want, or None: nothing is read before it is asked for.
         guard: of the ceiling; asked between tokens. span: told what was done when.
     """
 
@@ -123,6 +127,7 @@ class StreamedMixture(Closing):
         order: Order,
         *,
         overlap: bool = True,
+        ahead: LookAhead | None = None,
         guard: Guard | None = None,
         span: Span | None = None,
     ) -> None:
@@ -139,9 +144,12 @@ class StreamedMixture(Closing):
         )
         self._profile = Profile()
         self._open: list[Step] = []
+        self._ahead = ahead
+        self._early: list[tuple[int, Lease]] = []  # what was read early, and for which layer
         self._spare: list[F32] = []
         self._first = min(source.layers, default=0)
-        self._wait_ns = self._look_ns = 0
+        self._wait_ns = 0
+        self._look_ns, self._read_s = time.monotonic_ns(), 0.0
 
     @property
     def traffic(self) -> Traffic:
@@ -172,10 +180,12 @@ class StreamedMixture(Closing):
             self._watch(layer)
             wanted = self._wanted(ids)
             missing = self._missing(layer, wanted)
-            # With no step open nothing is on its way.
-            if not missing and not self._open and ids.size <= kernels.AT_ONCE_PAIRS:
+            small = ids.size <= kernels.AT_ONCE_PAIRS and not self._open
+            if small and not missing and self._source.landed(layer, wanted, self._depth):
                 return self._at_once(layer, x, ids, weights, wanted)
-            return self._finish(self._begin(layer, x, ids, weights, wanted, missing))
+            step = self._begin(layer, x, ids, weights, wanted, missing)
+            self._read_ahead(layer, x, wanted)
+            return self._finish(step)
         except BaseException:
             self._recover()
             raise
@@ -202,6 +212,9 @@ class StreamedMixture(Closing):
     def _recover(self) -> None:
         """Whatever ended a step, the next may begin as if it had never been."""
         self._open.clear()
+        self._early.clear()
+        if self._ahead is not None:
+            self._ahead.forget()
         self._source.recover()
 
     def _wanted(self, ids: I32) -> dict[int, int]:
@@ -214,25 +227,74 @@ class StreamedMixture(Closing):
         return [e for e in wanted if held[e] < self._depth]
 
     def _watch(self, layer: int) -> None:
-        """Now and then, between tokens: give memory back before the ceiling is reached."""
-        if self._guard is None or layer != self._first:
+        """Now and then, between tokens: see how busy the disk is, and give memory back before the
+        ceiling is reached."""
+        if layer != self._first:
             return
         now = time.monotonic_ns()
-        if now >= self._look_ns:
-            self._look_ns = now + _LOOK_NS
+        if now < self._look_ns:
+            return
+        if self._ahead is not None:
+            read_s = self._source.reading()[1]
+            seconds = max(now - self._look_ns + _LOOK_NS, 1) / 1e9
+            self._ahead.busy = min((read_s - self._read_s) / seconds, 1.0)
+            self._read_s = read_s
+        self._look_ns = now + _LOOK_NS
+        if self._guard is not None:
             excess = self._guard.excess(self._source.unfilled_bytes)
             if excess:
                 self._source.shrink(excess)
 
     def _at_once(self, layer: int, x: F32, ids: I32, weights: F32, wanted: dict[int, int]) -> F32:
-        """All is there and nothing can go away meanwhile: no step is open."""
-        self._source.observe(layer, [Want(e, self._depth) for e in wanted])
+        """All is there, and nothing can go away meanwhile: no step is open."""
+        wants = [Want(e, self._depth) for e in wanted]
+        self._source.observe(layer, wants)
         self._counts.add(layer, ids, weights)
+        kept = self._read_ahead(layer, x, wanted, wants)
         begun = time.monotonic_ns()
         out = self._mixtures[layer](self._pool, x, ids, weights)
         ended = self._note("experts", begun, layer, experts=len(wanted))
         self._profile.computed(len(wanted), ids.size, (ended - begun) / 1e9)
+        if kept is not None:
+            self._source.release(kept)
         return out
+
+    def _read_ahead(
+        self, layer: int, x: F32, wanted: dict[int, int], keep: Sequence[Want] = ()
+    ) -> Lease | None:
+        """Begin to read what the next layer will probably want; a lease on `keep` if that could
+        make the layer at hand lose it."""
+        ahead, source, depth = self._ahead, self._source, self._depth
+        if ahead is None:
+            return None
+        self._early = [each for each in self._early if not self._let_go(each)]
+        ahead.learn(layer, wanted)
+        guess = ahead.missing(layer, x, source.claimed, depth)
+        # Half of the cache is left to what is known to be wanted.
+        if guess is None or not source.fits(layer, depth, 2 * (len(wanted) + len(guess[1]))):
+            return None
+        following, experts = guess
+        kept = source.claim(layer, keep) if keep else None
+        lease = source.claim(following, [Want(e, depth) for e in experts], early=True)
+        if lease is not None:
+            self._early.append((following, lease))
+        return kept
+
+    def _let_go(self, early: tuple[int, Lease]) -> bool:
+        """Release what was read early for a step that has come, if all of it has landed."""
+        layer, lease = early
+        if not self._source.landed(layer, [want.expert for want in lease.wants], self._depth):
+            return False
+        self._source.release(lease)
+        return True
+
+    def _complete_early(self) -> None:
+        """Let all go that was read early, as soon as it has landed."""
+        while self._source.collect() is not None:
+            pass
+        for _, lease in self._early:
+            self._source.release(lease)
+        self._early.clear()
 
     def _begin(
         self, layer: int, x: F32, ids: I32, weights: F32, wanted: dict[int, int], missing: list[int]
@@ -325,7 +387,11 @@ class StreamedMixture(Closing):
         return len(step.missing) < before
 
     def _make_way(self, step: Step) -> None:
-        """Other steps hold what room there is: compute them first."""
+        """What was read early, or other steps, hold what room there is: let it go, or compute them
+        first."""
+        if self._early:
+            self._complete_early()
+            return
         others = [other for other in self._open if other is not step and other.todo]
         if not others:
             raise MemoryBudgetError(

@@ -71,6 +71,15 @@ def rate(ctx: click.Context, param: click.Parameter, value: str | None) -> float
     return None if megabytes is None else megabytes * 1e6
 
 
+look_ahead = click.option(
+    "--look-ahead/--no-look-ahead",
+    default=True,
+    show_default=True,
+    help="Where experts are streamed: read what the next layer will probably want, while such "
+    "guesses prove right.",
+)
+
+
 def loading(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options of every command that loads a store."""
     options = [

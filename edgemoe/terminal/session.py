@@ -47,6 +47,7 @@ class RunOptions:
     stop: Sequence[str] = ()
     as_json: bool = False
     logits_hash: bool = False
+    look_ahead: bool = True
     trace: str | None = None
 
 
@@ -97,7 +98,10 @@ def load_model(opened: OpenedModel, options: RunOptions, ctx_size: int) -> Model
             cache=options.cache,
             io_limit=options.io_limit,
             exact=options.exact,
-            streaming=Streaming(trace=None if options.trace is None else Path(options.trace)),
+            streaming=Streaming(
+                look_ahead=options.look_ahead,
+                trace=None if options.trace is None else Path(options.trace),
+            ),
             progress=progress if shows else None,
         )
     finally:
