@@ -5,6 +5,9 @@ Decodes from token 0 ('!') with experts streamed, without look-ahead and with it
 way in turn. On a store whose router is scripted (synth_gguf.py --routes) every guess is right, so
 each guessed expert is replaced by a random one with probability 1 - recall. A letter `a` behind a
 recall reads on all guesses; without it on those that are trusted, as a run does.
+
+With --text: how many of the experts the guesses name, by layer, where all are resident. That is
+for trained models.
 """
 
 from __future__ import annotations
@@ -12,15 +15,21 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import edgemoe
 from edgemoe.bench.timing import Spread
-from edgemoe.model import Span
-from edgemoe.pipeline.ahead import Guess, LookAhead
+from edgemoe.model import Span, drive, layers
+from edgemoe.pipeline.ahead import Guess, LookAhead, NextRouter, Routing
+from edgemoe.pipeline.serial import SerialExperts
 from edgemoe.pipeline.streamed import StreamedMixture
-from edgemoe.types import F32
+from edgemoe.types import F32, I32
+
+WINDOW, TEXT_CHARS = 256, 50_000
 
 
 def degraded(guess: Guess, recall: float, experts: int) -> Guess:
@@ -35,6 +44,37 @@ def degraded(guess: Guess, recall: float, experts: int) -> Guess:
         return made[0], list(dict.fromkeys(ids))
 
     return worse
+
+
+def named(args: argparse.Namespace) -> list[float]:
+    """Share of the experts that the guess at each layer but the first names."""
+    with edgemoe.load(args.store, ctx_size=WINDOW) as model:
+        weights, config, pool = model._weights, model.config, model._pool
+        if weights is None or not isinstance(model._experts, SerialExperts):
+            raise SystemExit(f"{args.store}: --text is for models that fit in memory")
+        routers = enumerate(weights.layers)
+        routings = [Routing(i, v.post_norm, v.router) for i, v in routers if v.router is not None]
+        # One token at a time, so that a guess is of its experts and not of a batch's.
+        guess, resident = NextRouter(pool, routings, config.num_experts_per_tok), model._experts
+        right, guesses = Counter[int](), dict[int, list[set[int]]]()
+
+        def experts(layer: int, x: F32, ids: I32, gates: F32) -> F32:
+            if layer in guesses:
+                found = zip(guesses.pop(layer), ids.tolist(), strict=True)
+                right[layer] += sum(len(guessed.intersection(row)) for guessed, row in found)
+            made = [guess(layer, row[None]) for row in x]
+            for each in made:
+                if each is not None:
+                    guesses.setdefault(each[0], []).append(set(each[1]))
+            return resident(layer, x, ids, gates)
+
+        tokens = model.tokenizer.encode(args.text.read_text()[:TEXT_CHARS])
+        tokens = tokens[: len(tokens) // WINDOW * WINDOW]
+        for at in range(0, len(tokens), WINDOW):
+            span = Span(model.new_cache(), WINDOW)
+            ids = np.array(tokens[at : at + WINDOW], np.int64)
+            drive(layers(weights, pool, ids, [span]), experts)
+        return [n / len(tokens) / config.num_experts_per_tok for _, n in sorted(right.items())]
 
 
 def run(args: argparse.Namespace, way: str) -> dict[str, Any]:
@@ -73,7 +113,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("store", type=Path)
-    parser.add_argument("--mem", required=True)
+    parser.add_argument("--mem", help="a ceiling under which experts are streamed")
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--skip", type=int, default=16, help="tokens that fill the cache")
@@ -82,6 +123,11 @@ def main() -> None:
         "--recall", nargs="+", default=["1", "1a", "0.97a", "0.95a", "0.9a", "0.9", "0.8a", "0.8"]
     )
     args = parser.parse_args()
+    if args.text is not None:
+        print("named, by layer from the second: " + " ".join(f"{n:.2f}" for n in named(args)))
+        return
+    if args.mem is None:
+        parser.error("give --mem, or --text")
     ways = ["off", *args.recall]
     results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for turn in range(args.rounds):

@@ -244,7 +244,14 @@ def alone(bench: Bench) -> dict[str, Any]:
     traces = {}
     texts = []
     for cap in caps:
-        said, traces[cap] = bench.traced(lambda path, cap=cap: bench.run(cap, "--trace", path))
+        said, traces[cap] = bench.traced(
+            lambda path, cap=cap: bench.run(
+                cap,
+                "--trace",
+                path,
+                "--no-look-ahead",  # as in `feed`
+            )
+        )
         texts.append(said["text"])
     work: Work = {
         "bandwidth": bench.bandwidth, "compute": bench.resident, "llama": bench.llama

@@ -12,7 +12,7 @@ import numpy as np
 from .. import kernels
 from ..types import F32
 
-TRUST = 0.75
+TRUST = 0.85
 """Share of guesses at what is missing that have to be right for reading on them to pay where the
 disk is always busy. A wrong one keeps it from reads that are wanted, so where it is busy for half
 of the time, half of that will do (docs/benchmarks.md)."""
