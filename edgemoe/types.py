@@ -224,7 +224,8 @@ class Traffic:
     """Counters of the mixture part since a model was loaded; `b - a` is what came between.
 
     A demand is a (token, slot) pair. wanted_bytes counts, for each layer step, the segments of the
-    experts it wants, each once; missed_bytes those of them that had to be read.
+    experts it wants, each once; missed_bytes what had to be read for them, or was read early for
+    steps to come, wanted or not.
 
     demands: how many. bits: sum over demands of the bits they were computed at. gates, gated_bits:
     sums of gate weights, and of gate weight * bits. bytes_read: from the file. evictions: segments

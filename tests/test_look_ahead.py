@@ -149,6 +149,18 @@ def test_the_same_bits_whatever_is_read_ahead(cache: str, recall: float) -> None
         assert not source._residency._leases and source._residency._held == 0
 
 
+def test_what_was_read_early_is_let_go_in_batches_too() -> None:
+    with open_model("4M", 0.0) as model:
+        cache = model.new_cache()
+        for token in range(4):
+            model.forward([token], [Span(cache, 1)], [0])
+        mixture = model._experts
+        caches = [model.new_cache() for _ in range(2)]
+        for token in range(3):
+            model.step([token, token + 9], caches)
+        assert not mixture._early and not mixture._source._residency._leases
+
+
 def test_damage_that_is_read_ahead_is_told_and_survived(tmp_path: Path) -> None:
     """Of an expert that nobody asked for, too; the next step goes on as if it had not been."""
     path = tmp_path / "damaged.emoe"

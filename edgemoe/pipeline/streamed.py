@@ -196,7 +196,9 @@ class StreamedMixture(Closing):
         try:
             self._watch(layer)
             wanted = self._wanted(ids)
-            return self._begin(layer, x, ids, weights, wanted, self._missing(layer, wanted))
+            step = self._begin(layer, x, ids, weights, wanted, self._missing(layer, wanted))
+            self._tidy_early()
+            return step
         except BaseException:
             self._recover()
             raise
@@ -267,7 +269,7 @@ class StreamedMixture(Closing):
         ahead, source, depth = self._ahead, self._source, self._depth
         if ahead is None:
             return None
-        self._early = [each for each in self._early if not self._let_go(each)]
+        self._tidy_early()
         ahead.learn(layer, wanted)
         guess = ahead.missing(layer, x, source.claimed, depth)
         # Half of the cache is left to what is known to be wanted.
@@ -275,18 +277,21 @@ class StreamedMixture(Closing):
             return None
         following, experts = guess
         kept = source.claim(layer, keep) if keep else None
+        if keep and kept is None:
+            return None
         lease = source.claim(following, [Want(e, depth) for e in experts], early=True)
         if lease is not None:
             self._early.append((following, lease))
         return kept
 
-    def _let_go(self, early: tuple[int, Lease]) -> bool:
-        """Release what was read early for a step that has come, if all of it has landed."""
-        layer, lease = early
-        if not self._source.landed(layer, [want.expert for want in lease.wants], self._depth):
-            return False
-        self._source.release(lease)
-        return True
+    def _tidy_early(self) -> None:
+        """Release what was read early for a step that has come by now, and has landed."""
+        early, self._early = self._early, []
+        for layer, lease in early:
+            if self._source.landed(layer, [want.expert for want in lease.wants], self._depth):
+                self._source.release(lease)
+            else:
+                self._early.append((layer, lease))
 
     def _complete_early(self) -> None:
         """Let all go that was read early, as soon as it has landed."""
