@@ -338,7 +338,7 @@ class StreamedMixture(Closing):
             while self._source.collect(wait=False):
                 pass
             ready = [e for e in step.todo if self._source.ready(step.layer, e) >= self._depth]
-            loading = len(step.todo) - len(step.missing) - len(ready)
+            loading = set(step.todo).difference(ready, step.missing)
             if ready and (self.overlap or not loading):
                 self._compute(step, ready[:_AT_ONCE] if step.missing else ready)
                 self._claim_missing(step)
@@ -362,6 +362,8 @@ class StreamedMixture(Closing):
         self._profile.computed(len(experts), pairs, (ended - begun) / 1e9)
         done = set(experts)
         step.todo = [e for e in step.todo if e not in done]
+        # What another step has brought in is computed without being claimed.
+        step.missing = [e for e in step.missing if e not in done]
         left = []
         for lease, open_ in step.leases:
             open_ -= done
