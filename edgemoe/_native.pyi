@@ -77,18 +77,18 @@ class Mixture:
         self,
         segments: U64,
         offsets: I64,
-        level: int,
         hidden: int,
         intermediate: int,
         ahead: int,
         group_units: int,
     ) -> None: ...
-    def run(self, pool: Pool, x: F32, ids: I32, weights: F32, y: F32) -> bool: ...
+    def run(self, pool: Pool, x: F32, ids: I32, levels: I32, weights: F32, y: F32) -> bool: ...
     def part(
         self,
         pool: Pool,
         x: F32,
         ids: I32,
+        levels: I32,
         chosen: Sequence[int],
         done: int,
         position: I32,
@@ -189,7 +189,7 @@ def mixture_scratch(
     threads: int,
     n: int,
     k: int,
-    experts: int,
+    jobs: int,
     hidden: int,
     intermediate: int,
     ahead: int,

@@ -27,15 +27,16 @@ from .loader.resident import Progress, ResidentExperts
 from .model import Span, Weights, drive, halves, layers, logits
 from .perfmodel import fit
 from .pipeline.ahead import NextRouter, Routing
+from .pipeline.assembly import bit_router, streamed_mixture
 from .pipeline.drive import alternate, traced
 from .pipeline.serial import SerialExperts
-from .pipeline.streamed import StreamedMixture, streamed_mixture
+from .pipeline.streamed import StreamedMixture
 from .pipeline.timeline import Timeline
 from .planning import plan
 from .sampling import SamplingParams, from_generation_config
 from .store import Store
 from .tokenizer import Tokenizer
-from .types import F32, I64, ModelConfig, RunPlan, Stats, Streaming, Traffic, Usage
+from .types import F32, I64, READ_PRICE, ModelConfig, RunPlan, Stats, Streaming, Traffic, Usage
 from .weights import from_store
 
 DEFAULT_CTX = 4096
@@ -116,6 +117,8 @@ def load(
     *,
     mem: str | int | None = "auto",
     bits: int | None = None,
+    mean_bits: float | None = None,
+    read_price: float | None = None,
     dense_bits: int | None = None,
     ctx_size: int | None = None,
     threads: int | None = None,
@@ -136,6 +139,10 @@ def load(
             what is free now. A cgroup's limit is a ceiling too.
         bits: level of every expert, one of the store's, streamed if not all of them fit; None: the
             highest at which all fit, or, where there is none, 4 at most, streamed.
+        mean_bits: instead of one level for all, each token gets each of its experts at as many bits
+            as it gains from, this many on average.
+        read_price: with mean_bits, how many times as much a bit has to gain that is not in memory
+            as one that is, 8 unless given; 1: memory does not matter.
         dense_bits: level of all other matrices; None: 8 with bits=8, else 6.
         ctx_size: most tokens of prompt and answer together; None: the model's own, at most 4096.
         threads: worker threads; None: one for each performance core this process may use.
@@ -183,7 +190,21 @@ def load(
             raise UsageError(
                 f"the context size must be from 1 to {longest} for this model, not {ctx}"
             )
-        wish = fit.Wish(bits, dense_bits, exact, cache_bytes)
+        if mean_bits is not None:
+            if bits is not None or exact:
+                raise UsageError("mean_bits lets levels differ: leave out bits and exact")
+            low, high = quant.expert_levels[0], quant.max_level
+            if not low <= mean_bits <= high:
+                raise UsageError(
+                    f"mean_bits must be from {low} to {high}, the bits that experts of "
+                    f"{shown(opened.store.path)} have, not {mean_bits:g}"
+                )
+        if read_price is not None and mean_bits is None:
+            raise UsageError("read_price weighs the bits of mean_bits: give that too")
+        price = READ_PRICE if read_price is None else read_price
+        if not 1 <= price < float("inf"):
+            raise UsageError(f"read_price must be 1 or more, not {price:g}")
+        wish = fit.Wish(bits, dense_bits, exact, cache_bytes, mean_bits)
         chosen = plan(
             opened.store,
             wish,
@@ -194,7 +215,7 @@ def load(
             sequences=sequences,
             reserve=reserve,
         )
-        return Model(opened, chosen, progress, streaming, io_limit or 0.0)
+        return Model(opened, chosen, progress, streaming, io_limit or 0.0, price)
     except BaseException:
         opened.close()
         raise
@@ -237,6 +258,7 @@ class Model(Closing):
         progress: Progress | None = None,
         streaming: Streaming = DEFAULT_STREAMING,
         io_limit: float = 0.0,
+        read_price: float = READ_PRICE,
     ) -> None:
         self.config, self.tokenizer = opened.config, opened.tokenizer
         self.chat_template = opened.chat_template
@@ -249,14 +271,19 @@ class Model(Closing):
         self._traffic = Traffic()  # of a model that was closed
         self._busy = False
         try:
-            self._read(plan, progress, streaming, io_limit)
+            self._read(plan, progress, streaming, io_limit, read_price)
         except BaseException:
             if self._timeline is not None:
                 self._timeline.discard()
             raise
 
     def _read(
-        self, plan: RunPlan, progress: Progress | None, streaming: Streaming, io_limit: float
+        self,
+        plan: RunPlan,
+        progress: Progress | None,
+        streaming: Streaming,
+        io_limit: float,
+        read_price: float,
     ) -> None:
         span = None if self._timeline is None else self._timeline.add
         self._pool = kernels.new_pool(plan.threads)
@@ -265,15 +292,25 @@ class Model(Closing):
         dense_level = quant.levels.index(plan.dense_bits)
         self._weights = from_store(store, self._pool, arena, dense_level)
         level = quant.expert_levels.index(plan.bits)
+        router = bit_router(store, level, plan.mean_bits, read_price)
         if plan.streamed:
             guard = Guard(budget.ceiling, budget.margin)
             guess = self._guess() if streaming.look_ahead and streaming.overlap else None
             self._experts = streamed_mixture(
-                store, self._pool, budget.experts, level, streaming, guess, guard, io_limit, span
+                store,
+                self._pool,
+                budget.experts,
+                level,
+                router,
+                streaming,
+                guess,
+                guard,
+                io_limit,
+                span,
             )
         else:
             resident = ResidentExperts(store, arena, level, progress)
-            self._experts = SerialExperts(self._pool, resident, span)
+            self._experts = SerialExperts(self._pool, resident, router, span)
 
     def _guess(self) -> NextRouter:
         """At what the next layer will want."""

@@ -72,7 +72,7 @@ def plan(
     spare = max(ceiling - parts.needed, 0)
     if streamed and wish.cache is None:
         least_cache = footprint.least_cache(quant.expert_levels.index(bits))
-        spare += min(parts.experts // _CHUNK_SHARE, parts.experts - least_cache)
+        spare += max(min(parts.experts // _CHUNK_SHARE, parts.experts - least_cache), 0)
     chunk, spent = first, parts
     for size in larger:
         more = scratch(size, streamed) - scratch(first, streamed)
@@ -80,4 +80,6 @@ def plan(
             taken = max(more - max(ceiling - parts.needed, 0), 0)
             chunk = size
             spent = replace(parts, scratch=parts.scratch + more, experts=parts.experts - taken)
-    return RunPlan(bits, dense_bits, ctx_size, chunk, threads, kv_type, streamed, spent)
+    return RunPlan(
+        bits, dense_bits, ctx_size, chunk, threads, kv_type, streamed, spent, wish.mean_bits
+    )

@@ -27,6 +27,10 @@ on with what they give, and returns what the last layer leaves."""
 LEVELS = (2, 3, 4, 6, 8)
 """Bit-widths a store can be read at; each is a prefix of the next."""
 
+READ_PRICE = 8.0
+"""How many times as much a bit has to gain that is not in memory as one that is, unless told
+otherwise (pipeline/bit_router.py)."""
+
 POLICIES = ("worth", "lru", "lfu")
 """What decides which segments of experts stay in memory (loader/policies.py)."""
 
@@ -178,7 +182,9 @@ class Budget:
 class RunPlan:
     """Settings of a run that follow from the model, the machine and the ceiling.
 
-    streamed: experts are read as they are wanted; else all of them are kept.
+    bits: the level of all experts, the highest of them if there is a mean. streamed: experts are
+    read as they are wanted; else all of them are kept. mean_bits: of demands, or None: all get the
+    same.
     """
 
     bits: int
@@ -189,6 +195,7 @@ class RunPlan:
     kv_type: str
     streamed: bool
     budget: Budget
+    mean_bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -227,13 +234,15 @@ class Traffic:
     experts it wants, each once; missed_bytes what had to be read for them, or was read early for
     steps to come, wanted or not.
 
-    demands: how many. bits: sum over demands of the bits they were computed at. gates, gated_bits:
-    sums of gate weights, and of gate weight * bits. bytes_read: from the file. evictions: segments
+    demands: how many. bits: sum over demands of the bits they were computed at; wished_bits: of
+    those that they would have been computed at had all been in memory. gates, gated_bits: sums of
+    gate weights, and of gate weight * bits. bytes_read: from the file. evictions: segments
     that went. wait_s: seconds in which nothing was computed because something was being read.
     """
 
     demands: int = 0
     bits: int = 0
+    wished_bits: int = 0
     gates: float = 0.0
     gated_bits: float = 0.0
     wanted_bytes: int = 0

@@ -265,7 +265,7 @@ NB_MODULE(_native, m) {
     m.def("linear_scratch", &em_linear_scratch, "n"_a, "cols"_a, "group_units"_a);
     m.def("experts_scratch", &em_experts_scratch, "threads"_a, "n"_a, "pairs"_a, "hidden"_a, "intermediate"_a,
           "ahead"_a, "group_units"_a);
-    m.def("mixture_scratch", &em_mixture_scratch, "threads"_a, "n"_a, "k"_a, "experts"_a, "hidden"_a,
+    m.def("mixture_scratch", &em_mixture_scratch, "threads"_a, "n"_a, "k"_a, "jobs"_a, "hidden"_a,
           "intermediate"_a, "ahead"_a, "group_units"_a, "whole"_a);
     m.def("layer_scratch", &em_layer_scratch, "threads"_a, "n"_a, "hidden"_a, "heads"_a, "kv_heads"_a, "d"_a,
           "mlp"_a, "experts"_a, "group_units"_a);

@@ -76,20 +76,19 @@ struct Layer {
     }
 };
 
-// The experts of a layer, all read at one level.
+// The experts of a layer.
 struct Mixture {
     Array<const uint64_t> segments;
     Array<const int64_t> offsets;
     em_mixture_of of;
 
-    Mixture(Array<const uint64_t> given, Array<const int64_t> at, int level, int hidden, int intermediate,
-            int ahead, int group_units)
+    Mixture(Array<const uint64_t> given, Array<const int64_t> at, int hidden, int intermediate, int ahead,
+            int group_units)
         : segments(std::move(given)), offsets(std::move(at)),
           of{{offsets.data(), dim(offsets, 1), hidden, intermediate, ahead, group_units},
              segments.data(),
              dim(segments, 0),
-             dim(segments, 1),
-             level} {}
+             dim(segments, 1)} {}
 };
 
 // False where what a call is given does not fit the layer.
@@ -117,24 +116,26 @@ bool run_layer(const Layer &layer, Pool &pool, const Batch &b, const Array2<cons
 
 // False where shapes do not fit, or there is no such expert.
 bool run_mixture(const Mixture &m, Pool &pool, const Array2<const float> &x, const Array2<const int32_t> &ids,
-                 const Array2<const float> &weights, const F32 &y) {
+                 const Array2<const int32_t> &levels, const Array2<const float> &weights, const F32 &y) {
     const int n = dim(x, 0), k = dim(ids, 1);
-    if (dim(x, 1) != m.of.record.hidden || dim(ids, 0) != n || dim(weights, 0) != n || dim(weights, 1) != k)
+    if (dim(x, 1) != m.of.record.hidden || dim(ids, 0) != n || dim(levels, 0) != n || dim(levels, 1) != k ||
+        dim(weights, 0) != n || dim(weights, 1) != k)
         return false;
     nb::gil_scoped_release nogil;
-    const int status = em_mixture(pool.p, &m.of, x.data(), n, k, ids.data(), weights.data(), y.data());
+    const int status =
+        em_mixture(pool.p, &m.of, x.data(), n, k, ids.data(), levels.data(), weights.data(), y.data());
     check(status);
     return status == EM_OK;
 }
 
 // The number of pairs, or below zero where there is no such expert or no place for its pairs.
 int run_part(const Mixture &m, Pool &pool, const Array2<const float> &x, const Array2<const int32_t> &ids,
-             const std::vector<int32_t> &chosen, int done, const Array2<int32_t> &position,
-             const Array2<float> &pair_out) {
+             const Array2<const int32_t> &levels, const std::vector<int32_t> &chosen, int done,
+             const Array2<int32_t> &position, const Array2<float> &pair_out) {
     const int n = dim(x, 0), k = dim(ids, 1);
     nb::gil_scoped_release nogil;
     const int status =
-        em_mixture_part(pool.p, &m.of, x.data(), n, k, ids.data(), chosen.data(),
+        em_mixture_part(pool.p, &m.of, x.data(), n, k, ids.data(), levels.data(), chosen.data(),
                         static_cast<int>(chosen.size()), done, position.data(), pair_out.data());
     check(status);
     return status;
@@ -164,11 +165,11 @@ void bind_layer(nb::module_ &m) {
         .def("run", &run_layer, "pool"_a, "batch"_a, "add"_a.noconvert().none(), "places"_a);
 
     nb::class_<Mixture>(m, "Mixture")
-        .def(nb::init<Array<const uint64_t>, Array<const int64_t>, int, int, int, int, int>(),
-             "segments"_a.noconvert(), "offsets"_a.noconvert(), "level"_a, "hidden"_a, "intermediate"_a,
-             "ahead"_a, "group_units"_a)
-        .def("run", &run_mixture, "pool"_a, "x"_a.noconvert(), "ids"_a.noconvert(), "weights"_a.noconvert(),
-             "y"_a.noconvert())
-        .def("part", &run_part, "pool"_a, "x"_a.noconvert(), "ids"_a.noconvert(), "chosen"_a, "done"_a,
-             "position"_a.noconvert(), "pair_out"_a.noconvert());
+        .def(nb::init<Array<const uint64_t>, Array<const int64_t>, int, int, int, int>(),
+             "segments"_a.noconvert(), "offsets"_a.noconvert(), "hidden"_a, "intermediate"_a, "ahead"_a,
+             "group_units"_a)
+        .def("run", &run_mixture, "pool"_a, "x"_a.noconvert(), "ids"_a.noconvert(), "levels"_a.noconvert(),
+             "weights"_a.noconvert(), "y"_a.noconvert())
+        .def("part", &run_part, "pool"_a, "x"_a.noconvert(), "ids"_a.noconvert(), "levels"_a.noconvert(),
+             "chosen"_a, "done"_a, "position"_a.noconvert(), "pair_out"_a.noconvert());
 }

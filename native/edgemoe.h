@@ -202,24 +202,26 @@ int em_experts(em_pool *p, const float *x, int n, const em_job *jobs, int job_co
 /* y [n, hidden] = sum over slots ascending of weights [n, k] * pair_out[position [n, k]]. */
 void em_combine(em_pool *p, const float *pair_out, const int32_t *position, const float *weights, int n,
                 int k, int hidden, float *y);
-/* The experts of a layer, all read at `level`: addresses of their segments [experts, depth], 0 where absent.
- */
+/* The experts of a layer: addresses of their segments [experts, depth], 0 where absent. A job is an expert at
+ * a level; it has the number expert * depth + level. */
 typedef struct {
     em_record record;
     const uint64_t *segments;
-    int experts, depth, level;
+    int experts, depth;
 } em_mixture_of;
 
-/* y [n, hidden] = sum over slots of weights [n, k] * expert(x): em_experts, experts ascending, then
- * em_combine. EM_NO_SUCH_EXPERT: an id [n, k] of no expert, or an address that is needed is 0. */
+/* y [n, hidden] = sum over slots of weights [n, k] * expert(x), each expert of ids [n, k] at its level of
+ * levels [n, k]: em_experts, jobs ascending, then em_combine. EM_NO_SUCH_EXPERT: an id of no expert, or
+ * a level of none, or an address that is needed is 0. */
 int em_mixture(em_pool *p, const em_mixture_of *of, const float *x, int n, int k, const int32_t *ids,
-               const float *weights, float *y);
-/* The pairs of some experts, those `chosen`: their rows go to pair_out [n * k, hidden] from row `done` on,
+               const int32_t *levels, const float *weights, float *y);
+/* The pairs of some jobs, those `chosen`: their rows go to pair_out [n * k, hidden] from row `done` on,
  * and position [n, k] tells for each of them which; other pairs are left as they are. The number of pairs, or
- * a status; EM_TWICE: with `done` they are more than n * k. Called for all experts in any parts, em_combine
+ * a status; EM_TWICE: with `done` they are more than n * k. Called for all jobs in any parts, em_combine
  * then gives the bits of em_mixture. */
 int em_mixture_part(em_pool *p, const em_mixture_of *of, const float *x, int n, int k, const int32_t *ids,
-                    const int32_t *chosen, int chosen_count, int done, int32_t *position, float *pair_out);
+                    const int32_t *levels, const int32_t *chosen, int chosen_count, int done,
+                    int32_t *position, float *pair_out);
 /* Keys and values of a sequence in one layer: data [heads, blocks, em_kv_block_bytes]. A block holds the
  * positions from a multiple of 64 on: keys [4, d, 16] (panels of 16 positions), values
  * [ceil(d / 16), 64, 16] (panels of 16 columns, zeros beyond d), then, of int8, float32 scales of the
@@ -334,8 +336,8 @@ void em_dequantize(em_pool *p, const em_ggml_type *type, const uint8_t *data, si
 size_t em_linear_scratch(int n, int cols, int group_units);
 size_t em_experts_scratch(int threads, int n, int pairs, int hidden, int intermediate, int ahead,
                           int group_units); /* ahead: columns of the first of two down matrices, or 0 */
-/* whole: of em_mixture; else of em_mixture_part. */
-size_t em_mixture_scratch(int threads, int n, int k, int experts, int hidden, int intermediate, int ahead,
+/* jobs: experts * depth. whole: of em_mixture; else of em_mixture_part. */
+size_t em_mixture_scratch(int threads, int n, int k, int jobs, int hidden, int intermediate, int ahead,
                           int group_units, int whole);
 /* mlp, experts: the most a layer has, 0 for none. */
 size_t em_layer_scratch(int threads, int n, int hidden, int heads, int kv_heads, int d, int mlp, int experts,

@@ -171,9 +171,10 @@ class Bench:
         """`edgemoe run` under a cap: its statistics, and the cgroup's."""
         main = "import sys; from edgemoe.cli import main; sys.exit(main())"
         said, stderr = self._start(cap, [
-            "-c", main, "run", self.args.store, "!", "--raw", "--temp", "0", "--bits", str(LEVEL),
-            "--exact", "--mem", cap, "-n", str(self.args.tokens), "-t", str(self.args.threads),
-            "--json", *more, *(() if self.args.look_ahead else ("--no-look-ahead",)),
+            "-I", "-c", main, "run", self.args.store, "!", "--raw", "--temp", "0",
+            "--bits", str(LEVEL), "--exact", "--mem", cap, "-n", str(self.args.tokens),
+            "-t", str(self.args.threads), "--json", *more,
+            *(() if self.args.look_ahead else ("--no-look-ahead",)),
         ])  # fmt: skip
         if said["prompt_tokens"] != 1 or said["generated_tokens"] != self.args.tokens:
             raise EdgeMoEError("the model does not go on from one token ('!') to the end: see -n")

@@ -165,8 +165,8 @@ def test_rates_shares_and_ratios() -> None:
     rounds = [
         Round(
             Timing(p, (d / 2, d / 2)),
-            prefill=Reading(0, 1.0, 0.0),
-            decode=Reading(0, 1.0, 0.0),
+            prefill=Reading(0, 1.0, 0.0, 4.0),
+            decode=Reading(0, 1.0, 0.0, 4.0),
             stream_bytes_s=10e9,
             int8_peak=100e9,
             theirs={"a": Timing(6.0, (3.0,)), "b": Timing(3.0, (6.0,))},
@@ -264,8 +264,8 @@ def test_json(store: Path) -> None:
     assert code == 0 and out.count("\n") == 1, err
     got = json.loads(out)
     assert set(got) == {
-        "model", "machine", "bits", "dense_bits", "kv_type", "read_settings", "prompt_tokens",
-        "generated_tokens",
+        "model", "machine", "bits", "mean_bits", "dense_bits", "kv_type", "read_settings",
+        "prompt_tokens", "generated_tokens",
         "tokens", "prefill", "decode", "bytes_per_token", "products_per_token", "memory",
         "llama_cpp", "others_cpus", "rounds",
     }  # fmt: skip

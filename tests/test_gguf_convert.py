@@ -26,6 +26,7 @@ from edgemoe.loader.arena import Arena
 from edgemoe.loader.resident import ResidentExperts, dense_bytes, expert_bytes
 from edgemoe.model import Experts, Span, forward
 from edgemoe.mwq.convert import convert
+from edgemoe.pipeline.bit_router import OneLevel
 from edgemoe.pipeline.serial import SerialExperts
 from edgemoe.sampling import SamplingParams
 from edgemoe.store import Store
@@ -204,7 +205,9 @@ def test_routes_are_replayed(replaying: tuple[Path, Path], bits: int) -> None:
         arena = Arena(expert_bytes(store, level) + dense_bytes(store, level))
         pool = kernels.new_pool(2)
         weights = from_store(store, pool, arena, level)
-        experts = Watched(SerialExperts(pool, ResidentExperts(store, arena, level)))
+        experts = Watched(
+            SerialExperts(pool, ResidentExperts(store, arena, level), OneLevel(level))
+        )
         tokens, cache = np.arange(steps), KVCache(config, steps, "f32")
         logits = [
             forward(weights, experts, pool, part, [Span(cache, len(part))], np.arange(len(part)))

@@ -144,13 +144,13 @@ def apart(mixture: kernels.Mixture) -> kernels.Mixture:
 
 
 def mixture(
-    layout: RecordLayout, table: Any, level: int, pool: Any, x: Any, ids: Any, gates: Any
+    layout: RecordLayout, table: Any, pool: Any, x: Any, ids: Any, levels: Any, gates: Any
 ) -> Any:
     """kernels.Mixture out of separate kernels."""
     pair_out = np.empty((ids.size, HIDDEN), np.float32)
     position = np.empty(ids.shape, np.int32)
-    whole = x, ids, range(len(table)), 0, position, pair_out
-    assert part_of(pool, layout, table, level, *whole) == ids.size
+    whole = x, ids, levels, range(table.size), 0, position, pair_out
+    assert part_of(pool, layout, table, *whole) == ids.size
     return kernels.combine(pool, pair_out, position, gates)
 
 
@@ -161,47 +161,88 @@ def test_one_call_is_the_mixture(ahead: int, threads: int) -> None:
     layout = expert_layout(HIDDEN, INNER, QuantSpec(), ahead)
     records = [random_record(layout, rng)[0] for _ in range(EXPERTS)]
     table = np.array([[s.ctypes.data for s in record] for record in records], np.uint64)
-    for n, level in ((1, 0), (1, 4), (5, 2), (150, 1)):
+    whole = kernels.Mixture(layout, table)
+    jobs = EXPERTS * layout.depth
+    for n, level in ((1, 0), (1, 4), (5, 2), (150, 1), (1, None), (70, None)):
         x = rng.standard_normal((n, HIDDEN)).astype(np.float32)
         gates = rng.random((n, 3)).astype(np.float32)
         ids = np.array([rng.permutation(EXPERTS)[:3] for _ in range(n)], np.int32)
-        got = kernels.Mixture(layout, table, level)(pool, x, ids, gates)
-        want = mixture(layout, table, level, pool, x, ids, gates)
+        low, high = (0, layout.depth) if level is None else (level, level + 1)
+        levels = rng.integers(low, high, ids.shape, np.int32)
+        got = whole(pool, x, ids, levels, gates)
+        want = mixture(layout, table, pool, x, ids, levels, gates)
         assert np.array_equal(got, want)
-        whole = kernels.Mixture(layout, table, level)
         for few in (whole, apart(whole)):
-            parts = kernels.MixtureParts(few, x, ids, gates)
-            last = int(ids[0, 1])
-            rest = [e for e in rng.permutation(EXPERTS).tolist() if e != last]
-            for chosen in (rest[:1], [], rest[1:4], rest[4:]):
+            parts = kernels.MixtureParts(few, x, ids, levels, gates)
+            last = int(ids[0, 1] * layout.depth + levels[0, 1])
+            rest = [j for j in rng.permutation(jobs).tolist() if j != last]
+            for chosen in (rest[:1], [], rest[1:20], rest[20:]):
                 parts.run(pool, chosen)
             with pytest.raises(KernelError, match="pairs are not computed"):
                 parts.sum(pool)
             parts.run(pool, [last])
             assert np.array_equal(parts.sum(pool), want)
             with pytest.raises(KernelError, match="one was computed before"):
-                parts.run(pool, range(EXPERTS))
-    with pytest.raises(KernelError, match="pair_out: expected 450 rows"):
-        kernels.MixtureParts(whole, x, ids, gates, np.empty((449, HIDDEN), np.float32))
+                parts.run(pool, range(jobs))
 
-    for bad in (-1, EXPERTS):
-        with pytest.raises(KernelError, match="rows of the 11 experts"):
-            kernels.Mixture(layout, table, 0)(pool, x, np.full_like(ids, bad), gates)
+
+def test_each_pair_has_its_own_level() -> None:
+    """A token's output is that of a batch in which all take its levels, on tokens that share
+    experts."""
+    rng, pool = np.random.default_rng(4), kernels.new_pool(2)
+    layout = expert_layout(HIDDEN, INNER, QuantSpec(), 32)
+    records = [random_record(layout, rng)[0] for _ in range(EXPERTS)]
+    table = np.array([[s.ctypes.data for s in record] for record in records], np.uint64)
+    whole = kernels.Mixture(layout, table)
+    x = rng.standard_normal((layout.depth, HIDDEN)).astype(np.float32)
+    gates = rng.random((layout.depth, 3)).astype(np.float32)
+    ids = np.tile(np.array([[7, 0, 3]], np.int32), (layout.depth, 1))
+    levels = np.array([[i, -i % layout.depth, 1] for i in range(layout.depth)], np.int32)
+    got = whole(pool, x, ids, levels, gates)
+    for i in range(layout.depth):
+        row = slice(i, i + 1)
+        one = whole(pool, x[row], ids[row], levels[row], gates[row])
+        assert np.array_equal(got[row], one)
+    flat = np.zeros_like(levels)
+    assert not np.array_equal(got, whole(pool, x, ids, flat, gates))
+
+
+def test_a_mixture_refuses_what_does_not_fit() -> None:
+    rng, pool = np.random.default_rng(3), kernels.new_pool(2)
+    layout = expert_layout(HIDDEN, INNER, QuantSpec(), 0)
+    records = [random_record(layout, rng)[0] for _ in range(EXPERTS)]
+    table = np.array([[s.ctypes.data for s in record] for record in records], np.uint64)
+    whole, n = kernels.Mixture(layout, table), 150
+    x = rng.standard_normal((n, HIDDEN)).astype(np.float32)
+    gates = rng.random((n, 3)).astype(np.float32)
+    ids = np.array([rng.permutation(EXPERTS)[:3] for _ in range(n)], np.int32)
+    levels = np.zeros_like(ids)
+    with pytest.raises(KernelError, match="pair_out: expected 450 rows"):
+        kernels.MixtureParts(whole, x, ids, levels, gates, np.empty((449, HIDDEN), np.float32))
+    for each in (whole, apart(whole)):
+        for bad in (-1, EXPERTS):
+            with pytest.raises(KernelError, match="rows of the 11 experts"):
+                each(pool, x, np.full_like(ids, bad), levels, gates)
+        for bad in (-1, layout.depth):
+            with pytest.raises(KernelError, match="up to the level, of 5"):
+                each(pool, x, ids, np.full_like(ids, bad), gates)
     table[4, 1] = 0  # not resident above level 0
     ids[:] = [[4, 5, 6]]
-    kernels.Mixture(layout, table, 0)(pool, x, ids, gates)
-    with pytest.raises(KernelError, match="address"):
-        kernels.Mixture(layout, table, 1)(pool, x, ids, gates)
-    wrong: list[tuple[Any, Any, Any, str]] = [
-        (x[:, :-1].copy(), ids, gates, "x: expected shape"),
-        (x.astype(np.float64), ids, gates, "x: expected dtype"),
-        (x, ids[:-1], gates[:-1], "ids: expected shape"),
-        (x, ids.astype(np.int64), gates, "ids: expected dtype"),
-        (x, ids, gates[:, :-1].copy(), "weights: expected shape"),
-        (x, ids, gates[0], "weights: expected shape"),
+    whole(pool, x, ids, levels, gates)
+    levels[n - 1, 0] = 1
+    for each in (whole, apart(whole)):
+        with pytest.raises(KernelError, match="address"):
+            each(pool, x, ids, levels, gates)
+    wrong: list[tuple[Any, Any, Any, Any, str]] = [
+        (x[:, :-1].copy(), ids, levels, gates, "x: expected shape"),
+        (x.astype(np.float64), ids, levels, gates, "x: expected dtype"),
+        (x, ids[:-1], levels[:-1], gates[:-1], "ids: expected shape"),
+        (x, ids.astype(np.int64), levels, gates, "ids: expected dtype"),
+        (x, ids, levels[:, :-1].copy(), gates, "levels: expected shape"),
+        (x, ids, levels.astype(np.int64), gates, "levels: expected dtype"),
+        (x, ids, levels, gates[:, :-1].copy(), "weights: expected shape"),
+        (x, ids, levels, gates[0], "weights: expected shape"),
     ]
-    for bad_x, bad_ids, bad_gates, match in wrong:
+    for bad_x, bad_ids, bad_levels, bad_gates, match in wrong:
         with pytest.raises(KernelError, match=match):
-            kernels.Mixture(layout, table, 0)(pool, bad_x, bad_ids, bad_gates)
-    with pytest.raises(KernelError, match="level"):
-        kernels.Mixture(layout, table, 5)
+            whole(pool, bad_x, bad_ids, bad_levels, bad_gates)

@@ -165,9 +165,10 @@ def test_a_mixture_from_slots_has_the_bits_of_a_resident_one(
                 load(slots, store, keys, queue)
                 x = rng.standard_normal((5, store.config.hidden_size), np.float32)
                 ids = chosen[rng.integers(0, 2, (5, 2))].astype(np.int32)
-                work = pool, x, ids, rng.random((5, 2), np.float32)
+                levels = np.full_like(ids, level)
+                work = pool, x, ids, levels, rng.random((5, 2), np.float32)
                 from_slots, resident_one = (
-                    kernels.Mixture(have.layout(layer), have.segments(layer), level)
+                    kernels.Mixture(have.layout(layer), have.segments(layer))
                     for have in (slots, whole)
                 )
                 outs = from_slots(*work), resident_one(*work)

@@ -13,6 +13,7 @@ import edgemoe
 from edgemoe.generation import Generation
 from edgemoe.loader.resident import expert_bytes
 from edgemoe.pipeline import counts
+from edgemoe.pipeline.bit_router import Grant
 from edgemoe.pipeline.counts import DemandCounts
 from edgemoe.pipeline.serial import SerialExperts
 from edgemoe.sampling import SamplingParams
@@ -49,10 +50,10 @@ def test_counts_of_steps(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of one token and of many, summed up at any time, on arrays that are used again."""
     monkeypatch.setattr(counts, "_KEPT", kept)
     rng = np.random.default_rng(kept)
-    sizes = {0: 1000, 2: 10}
-    out = DemandCounts(3, sizes)
-    demands = wanted = 0
-    gated = 0.0
+    bits, sizes = (2, 3, 4), {0: [1000, 500, 300], 2: [10, 5, 3]}
+    out = DemandCounts(bits, sizes)
+    demands = given = wished = wanted = 0
+    gated = all_gates = 0.0
     buffers = {n: (np.empty((n, 4), np.int32), np.empty((n, 4), np.float32)) for n in (1, 2, 9)}
     for i in range(60):
         n, layer = (1, 2, 9)[i % 3], (0, 2)[i // 3 % 2]
@@ -60,16 +61,23 @@ def test_counts_of_steps(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
         for row in range(n):
             ids[row] = rng.permutation(6)[:4]
         gates[:] = rng.uniform(0, 1, gates.shape)
-        out.add(layer, ids, gates)
+        grant = Grant(*(rng.integers(0, 3, ids.shape, np.int32) for _ in range(2)))
+        out.add(layer, ids, gates, grant)
         demands += ids.size
-        gated += float(gates.astype(np.float64).sum())
-        wanted += len(set(ids.ravel().tolist())) * sizes[layer]
+        as_bits = np.array(bits)[grant.levels]
+        given += int(as_bits.sum())
+        wished += int(np.array(bits)[grant.wished].sum())
+        all_gates += float(gates.astype(np.float64).sum())
+        gated += float((gates.astype(np.float64) * as_bits).sum())
+        for expert in set(ids.ravel().tolist()):
+            wanted += sum(sizes[layer][: int(grant.levels[ids == expert].max()) + 1])
         if i == 20:
             assert out.traffic.demands == demands
     got = out.traffic
-    assert (got.demands, got.bits, got.wanted_bytes) == (demands, 3 * demands, wanted)
-    assert got.gates == pytest.approx(gated, rel=1e-12)
-    assert got.gated_bits == pytest.approx(3 * gated, rel=1e-12)
+    assert (got.demands, got.bits, got.wished_bits) == (demands, given, wished)
+    assert got.wanted_bytes == wanted
+    assert got.gates == pytest.approx(all_gates, rel=1e-12)
+    assert got.gated_bits == pytest.approx(gated, rel=1e-12)
     assert (got.missed_bytes, got.bytes_read, got.evictions, got.wait_s) == (0, 0, 0, 0)
     assert out.traffic == got
 

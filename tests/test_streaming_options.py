@@ -179,12 +179,14 @@ def test_bench_says_what_each_part_of_a_round_read(
                 "bytes_read": 3_000_000,
                 "hit_rate": pytest.approx(0.71),
                 "unhidden_wait_s": pytest.approx(0.25),
+                "mean_bits": 3.0,
             }
     ends_well("bench", store, "-p", 3, "-n", 2, "--rounds", 2)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["MB", "read", "a", "token", "1.0", "1.0", "1.0"] in lines  # of 3 prompt tokens
     assert ["MB", "read", "a", "token", "1.5", "1.5", "1.5"] in lines  # of 2 decoded
     assert lines.count(["hits,", "by", "bytes", *["71.0%"] * 3]) == 2
+    assert lines.count(["mean", "bits", *["3.00"] * 3]) == 2
     assert lines.count(["waited", "for", "reads,", "s", *["0.25"] * 3]) == 2
 
 

@@ -35,7 +35,7 @@ from .result import (
 )
 from .timing import Spread, Timing
 from .tokens import SEED, token_stream
-from .traffic import gguf_traffic, products, traffic
+from .traffic import gguf_traffic, mean_traffic, products
 
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what was done)."""
@@ -69,6 +69,8 @@ def bench(
     steps: int | None = None,
     mem: str | int | None = "auto",
     bits: int | None = None,
+    mean_bits: float | None = None,
+    read_price: float | None = None,
     dense_bits: int | None = None,
     threads: int | None = None,
     kv_type: str = "f16",
@@ -88,8 +90,8 @@ def bench(
         prompt_tokens, generated_tokens: of a round; 0 leaves that part out.
         rounds: that are counted.
         steps: feed 0, 1, 2, ... modulo this instead of words' frequencies.
-        mem, bits, dense_bits, threads, kv_type, cache, io_limit, exact, streaming: as
-            `engine.load`; llama.cpp's memory is its own.
+        mem, bits, mean_bits, read_price, dense_bits, threads, kv_type, cache, io_limit, exact,
+            streaming: as `engine.load`; llama.cpp's memory is its own.
         gguf: the same model for llama.cpp, which gets as many threads and float16 keys and values.
         llama_python: a Python with llama_cpp; None: EDGEMOE_LLAMA_PYTHON, else this one.
         progress: called after every step.
@@ -126,6 +128,8 @@ def bench(
             opened,
             mem=mem,
             bits=bits,
+            mean_bits=mean_bits,
+            read_price=read_price,
             dense_bits=dense_bits,
             ctx_size=count,
             threads=threads,
@@ -289,8 +293,9 @@ def _sum_up(
     llama_cpp: LlamaCppBench | None,
 ) -> Bench:
     plan, quant = model.plan, opened.store.quant
-    level, dense_level = quant.levels.index(plan.bits), quant.levels.index(plan.dense_bits)
-    read, done = traffic(opened.store, level, dense_level), products(opened.store)
+    mean = _median([r.decode.mean_bits for r in rounds]) or plan.bits
+    read = mean_traffic(opened.store, mean, quant.levels.index(plan.dense_bits))
+    done = products(opened.store)
     prompt, generated = work.prompt_tokens, work.generated_tokens
     logits = -(-prompt // plan.prefill_chunk)  # those of each chunk's last token
     macs = prompt * done.body + logits * done.head
@@ -298,6 +303,7 @@ def _sum_up(
         model=str(opened.path),
         machine=Machine(cpu_name(), kernels.backend(), kernels.isa(), plan.threads),
         bits=plan.bits,
+        mean_bits=plan.mean_bits,
         dense_bits=plan.dense_bits,
         kv_type=plan.kv_type,
         read_settings=how,

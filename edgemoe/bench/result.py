@@ -16,17 +16,18 @@ class Reading:
     """What a part of a round read of experts that were not in memory.
 
     hit_rate: share of the bytes wanted that were. unhidden_wait_s: seconds in which nothing was
-    computed because something was being read.
+    computed because something was being read. mean_bits: that experts were computed at.
     """
 
     bytes_read: int
     hit_rate: float
     unhidden_wait_s: float
+    mean_bits: float
 
     @classmethod
     def of(cls, traffic: Traffic) -> Reading:
         """Of that part's counters."""
-        return cls(traffic.bytes_read, traffic.hit_rate, traffic.wait_s)
+        return cls(traffic.bytes_read, traffic.hit_rate, traffic.wait_s, traffic.mean_bits)
 
 
 @dataclass(frozen=True)
@@ -137,14 +138,16 @@ class LlamaCppBench:
 
 @dataclass(frozen=True)
 class Bench:
-    """A benchmark. tokens: where they come from. prefill, decode: None where it was left out.
-    others_cpus: CPUs' worth of time that other programs took; where threads wait for one another,
-    one that has to share its CPU holds up all, and rates say little.
+    """A benchmark. mean_bits: that were asked for, None: all experts have `bits`. tokens: where
+    they come from. prefill, decode: None where it was left out. others_cpus: CPUs' worth of time
+    that other programs took; where threads wait for one another, one that has to share its CPU
+    holds up all, and rates say little.
     """
 
     model: str
     machine: Machine
     bits: int
+    mean_bits: float | None
     dense_bits: int
     kv_type: str
     read_settings: ReadSettings

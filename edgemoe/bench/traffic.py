@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..arch.gguf_names import gguf_name
@@ -70,6 +70,18 @@ def traffic(store: Store, level_index: int, dense_level_index: int) -> TokenByte
         embedding=read["embed"] // config.vocab_size,
         float32=sum(t.size for t in store.tensors.values() if t.layout is None),
     )
+
+
+def mean_traffic(store: Store, mean_bits: float, dense_level_index: int) -> TokenBytes:
+    """The same with experts of so many bits on average, between the levels on either side."""
+    levels = store.quant.expert_levels
+    high = next(i for i, bits in enumerate(levels) if bits >= mean_bits)
+    above = traffic(store, high, dense_level_index)
+    if levels[high] == mean_bits:
+        return above
+    below = traffic(store, high - 1, dense_level_index)
+    part = (mean_bits - levels[high - 1]) / (levels[high] - levels[high - 1])
+    return replace(above, experts=round(below.experts + part * (above.experts - below.experts)))
 
 
 def products(store: Store) -> Products:

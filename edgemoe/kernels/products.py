@@ -213,7 +213,7 @@ def scratch_bytes(
         gate, by = layout.matrices[0], (ahead_columns(layout), group_units(layout))
         shape = (gate.cols, gate.rows, *by)
         if fused:
-            of = k, config.num_experts, *shape
+            of = k, config.num_experts * layout.depth, *shape
             sizes.append(native.mixture_scratch(threads, n, *of, not in_parts))
             if in_parts:
                 few = min(n, max(AT_ONCE_PAIRS // k, 1))

@@ -112,6 +112,10 @@ class Residency:
         """Bytes of all claimed segments; at most the budget."""
         return self._used
 
+    def prefix(self, layer: int) -> list[int]:
+        """Bytes of the first 0, 1 .. segments of one of the layer's experts."""
+        return self._prefix[layer]
+
     def claimed(self, layer: int) -> list[int]:
         """Segments of each expert of a layer that are there or on their way."""
         begin = layer * self._experts

@@ -1,4 +1,4 @@
-"""Everything resident: dense linears and experts read once, at one level each."""
+"""Everything resident: dense linears and experts read once, up to one level each."""
 
 from __future__ import annotations
 
@@ -45,13 +45,17 @@ def expert_bytes(store: Store, level_index: int) -> int:
 
 
 class ResidentExperts:
-    """All experts of a model at one level, and the address of each of their segments."""
+    """All experts of a model up to a level, and the address of each of their segments.
+
+    Attributes:
+        bits: of each level, those that are not resident too.
+    """
 
     def __init__(
         self, store: Store, arena: Arena, level_index: int, progress: Progress | None = None
     ) -> None:
         self.level_index = level_index
-        self.bits = store.quant.levels[level_index]
+        self.bits = store.quant.expert_levels
         config = store.config
         self._layouts = {layer: store.expert_layout(layer) for layer in config.moe_layers}
         self._address: dict[int, U64] = {}

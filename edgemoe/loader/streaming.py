@@ -115,13 +115,14 @@ class StreamedExperts(Closing):
         self._step += 1
         self._residency.observe(self._ordinal[layer], wants)
 
-    def expert_bytes(self, layer: int, depth: int) -> int:
-        """Bytes that the first segments of one expert take."""
-        return sum(self._slots.room_bytes(layer, i) for i in range(depth))
+    def segment_bytes(self, layer: int) -> list[int]:
+        """Bytes that each segment of the layer's experts takes."""
+        return [self._slots.room_bytes(layer, i) for i in range(self._levels)]
 
-    def fits(self, layer: int, depth: int, count: int) -> bool:
-        """Whether `count` experts with so many segments fit in memory that holds nothing else."""
-        return count * self.expert_bytes(layer, depth) <= self._residency.budget
+    def fits(self, layer: int, wants: Iterable[tuple[int, int]], times: int = 1) -> bool:
+        """Whether so many times what these experts take fits in memory that holds nothing else."""
+        prefix = self._residency.prefix(self._ordinal[layer])
+        return times * sum(prefix[depth] for _, depth in wants) <= self._residency.budget
 
     def claimed(self, layer: int) -> list[int]:
         """Segments of each expert that are there or on their way."""
@@ -131,16 +132,23 @@ class StreamedExperts(Closing):
         """How many first segments of an expert have landed."""
         return self._residency.ready(self._ordinal[layer], expert)
 
-    def landed(self, layer: int, experts: Iterable[int], depth: int) -> bool:
-        """Whether so many first segments of all these experts have landed."""
+    def landed(self, layer: int, wants: Iterable[tuple[int, int]]) -> bool:
+        """Whether all that is wanted of these experts has landed."""
         ordinal, ready = self._ordinal[layer], self._residency.ready
-        return all(ready(ordinal, expert) >= depth for expert in experts)
+        return all(ready(ordinal, expert) >= depth for expert, depth in wants)
 
-    def claim(self, layer: int, wants: Sequence[Want], early: bool = False) -> Lease | None:
+    def claim(
+        self,
+        layer: int,
+        wants: Sequence[Want],
+        early: bool = False,
+        order: Sequence[tuple[int, int]] = (),
+    ) -> Lease | None:
         """Keep these experts in memory until `release`, and read what is missing of them, in the
         order of `wants`. None, with nothing changed, if other leases leave too little room.
 
-        early: they are not yet asked for; reads of the next layer step that are go first.
+        early: they are not yet asked for; reads of the next layer step that are go first. order: of
+        reads, (expert, segment) of all that is missing, where it is not that of `wants`.
 
         Raises:
             MemoryBudgetError: they would not fit in memory that holds nothing else.
@@ -155,7 +163,11 @@ class StreamedExperts(Closing):
             slots, segment = self._slots, self._store.expert_segment
             first = ordinal * self._experts
             reads = []
-            for _, expert, level in lease.load:
+            load = lease.load
+            if order:
+                rank = {each: i for i, each in enumerate(order)}
+                load = tuple(sorted(load, key=lambda each: rank[each.expert, each.level]))
+            for _, expert, level in load:
                 at, room = slots.commit(layer, expert, level)
                 tag = (first + expert) * self._levels + level
                 reads.append(Read(segment(layer, expert, level), at, room, tag))

@@ -83,13 +83,14 @@ class Wish(NamedTuple):
     """What a user asked for; None leaves the choice to us.
 
     bits, dense_bits: levels. exact: no lower level than the highest there is, or `bits`, whatever
-    the memory. cache: bytes for streamed experts.
+    the memory. cache: bytes for streamed experts. mean_bits: of demands, which get any level.
     """
 
     bits: int | None = None
     dense_bits: int | None = None
     exact: bool = False
     cache: int | None = None
+    mean_bits: float | None = None
 
 
 def choose(
@@ -122,7 +123,11 @@ def choose(
             margin=margin(ceiling),
         )
 
-    fixed = wish.bits if wish.bits is not None else levels[-1] if wish.exact else None
+    fixed = wish.bits
+    if fixed is None and (wish.exact or wish.mean_bits is not None):
+        fixed = levels[-1]
+    # What a token takes at least, where the memory decides which levels it gets.
+    usual = next((b for b in levels if b >= (wish.mean_bits or levels[-1])), levels[-1])
     too_much: list[Choice] = []
     if wish.cache is None:
         for level in (fixed,) if fixed is not None else tuple(reversed(levels)):
@@ -133,7 +138,8 @@ def choose(
     low = tuple(level for level in reversed(levels) if level <= STREAMED_LEVEL)
     for level in (fixed,) if fixed is not None else low:
         index = levels.index(level)
-        least = footprint.least_cache(index) if wish.cache is None else wish.cache
+        least = footprint.least_cache(levels.index(min(level, usual)))
+        least = least if wish.cache is None else wish.cache
         dense, spent = parts(level, least, footprint.streaming)
         room = ceiling - spent.needed
         if room >= 0:

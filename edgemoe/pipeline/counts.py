@@ -1,12 +1,14 @@
-"""What layer steps ask of experts at one level."""
+"""What layer steps ask of experts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import numpy as np
 
-from ..types import F32, I32, Traffic
+from ..types import F32, I32, I64, Traffic
+from .bit_router import Grant
 
 _KEPT = 4096
 """Decoding steps that are noted before they are summed up: a few hundred bytes each at most."""
@@ -19,32 +21,52 @@ class DemandCounts:
     (its gates are copied: the next layer overwrites them) and summed up with many others.
 
     Args:
-        bits: of every expert. sizes: layer -> bytes of one of its experts at these bits.
+        bits: of each level. sizes: layer -> bytes of each segment of its experts.
     """
 
-    def __init__(self, bits: int, sizes: Mapping[int, int]) -> None:
-        self._bits, self._sizes = bits, dict(sizes)
-        self._demands = self._wanted = 0
-        self._gates = 0.0
-        self._noted: list[tuple[int, bytes]] = []
+    def __init__(self, bits: Sequence[int], sizes: Mapping[int, Sequence[int]]) -> None:
+        self._bits: I64 = np.asarray(bits, np.int64)
+        self._layers = {layer: i for i, layer in enumerate(sizes)}
+        self._bytes: I64 = np.array([list(accumulate(row)) for row in sizes.values()], np.int64)
+        self._demands = self._given = self._wished = self._wanted = 0
+        self._gates = self._gated = 0.0
+        self._noted: list[tuple[int, bytes, I32, I32]] = []
 
-    def add(self, layer: int, ids: I32, gates: F32) -> None:
-        """A layer step wants experts `ids` with weights `gates`, both [n, k]."""
+    def add(self, layer: int, ids: I32, gates: F32, grant: Grant) -> None:
+        """A layer step wants experts `ids` with weights `gates`, both [n, k]; so they were granted.
+        The grant's arrays must stay as they are."""
         if len(ids) == 1:  # k experts, each once
-            self._noted.append((layer, gates.tobytes()))
+            self._noted.append((layer, gates.tobytes(), *grant))
             if len(self._noted) >= _KEPT:
                 self._sum_up()
             return
-        self._demands += ids.size
+        self._count(gates.reshape(-1), grant.levels.reshape(-1), grant.wished.reshape(-1))
+        of_layer = self._bytes[self._layers[layer]]
+        highest = np.full(int(ids.max()) + 1, -1)
+        np.maximum.at(highest, ids.reshape(-1), grant.levels.reshape(-1))
+        self._wanted += int(of_layer[highest[highest >= 0]].sum())
+
+    def _count(self, gates: F32, levels: I32, wished: I32) -> None:
+        bits = self._bits[levels]
+        self._demands += len(gates)
+        self._given += int(bits.sum())
+        self._wished += int(self._bits[wished].sum())
         self._gates += float(gates.sum(dtype=np.float64))
-        self._wanted += int(np.count_nonzero(np.bincount(ids.reshape(-1)))) * self._sizes[layer]
+        self._gated += float(gates.astype(np.float64) @ bits)
 
     def _sum_up(self) -> None:
-        gates = np.frombuffer(b"".join(step for _, step in self._noted), np.float32)
-        self._demands += gates.size
-        self._gates += float(gates.sum(dtype=np.float64))
-        self._wanted += sum(len(step) // 4 * self._sizes[layer] for layer, step in self._noted)
-        self._noted.clear()
+        noted, self._noted = self._noted, []
+        if not noted:
+            return
+        levels = np.concatenate([grant.reshape(-1) for _, _, grant, _ in noted])
+        wished = np.concatenate([grant.reshape(-1) for _, _, _, grant in noted])
+        gates = np.frombuffer(b"".join(step for _, step, _, _ in noted), np.float32)
+        self._count(gates, levels, wished)
+        rows = np.repeat(
+            [self._layers[layer] for layer, _, _, _ in noted],
+            [grant.size for _, _, grant, _ in noted],
+        )
+        self._wanted += int(self._bytes[rows, levels].sum())
 
     @property
     def traffic(self) -> Traffic:
@@ -52,8 +74,9 @@ class DemandCounts:
         self._sum_up()
         return Traffic(
             demands=self._demands,
-            bits=self._demands * self._bits,
+            bits=self._given,
+            wished_bits=self._wished,
             gates=self._gates,
-            gated_bits=self._gates * self._bits,
+            gated_bits=self._gated,
             wanted_bytes=self._wanted,
         )

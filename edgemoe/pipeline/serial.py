@@ -8,26 +8,32 @@ from .. import kernels
 from ..loader.resident import ResidentExperts
 from ..loader.streaming import Span
 from ..types import F32, I32, Traffic
+from .bit_router import BitRouter
 from .counts import DemandCounts
 
 
 class SerialExperts:
-    """The mixture part of every layer, on experts that are all resident at one level."""
+    """The mixture part of every layer, on experts that are all resident.
+
+    Args:
+        pool: what computes. resident: the experts. router: which level each demand gets, of those
+            that are resident. span: told what was done when.
+    """
 
     def __init__(
-        self, pool: kernels.Pool, resident: ResidentExperts, span: Span | None = None
+        self,
+        pool: kernels.Pool,
+        resident: ResidentExperts,
+        router: BitRouter,
+        span: Span | None = None,
     ) -> None:
-        self._pool, self._span = pool, span
-        level = resident.level_index
+        self._pool, self._router, self._span = pool, router, span
         self._counts = DemandCounts(
             resident.bits,
-            {
-                layer: sum(resident.layout(layer).segment_sizes[: level + 1])
-                for layer in resident.layers
-            },
+            {layer: resident.layout(layer).segment_sizes for layer in resident.layers},
         )
         self._mixtures = {
-            layer: kernels.Mixture(resident.layout(layer), resident.segments(layer), level)
+            layer: kernels.Mixture(resident.layout(layer), resident.segments(layer))
             for layer in resident.layers
         }
 
@@ -44,9 +50,10 @@ class SerialExperts:
 
         x: float32 [n, hidden]; ids, weights: [n, k]. Returns float32 [n, hidden].
         """
+        grant = self._router(layer, x, ids, weights, None)
         begun = time.monotonic_ns()
-        y = self._mixtures[layer](self._pool, x, ids, weights)
+        y = self._mixtures[layer](self._pool, x, ids, grant.levels, weights)
         if self._span is not None:
             self._span("experts", begun, time.monotonic_ns(), layer=layer)
-        self._counts.add(layer, ids, weights)
+        self._counts.add(layer, ids, weights, grant)
         return y

@@ -10,109 +10,39 @@ give the same bits, as each expert's output is kept until all are there and summ
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
 from .. import kernels
 from ..closing import Closing
 from ..errors import MemoryBudgetError
-from ..hebf.loads import Order, hottest_bit_first, on_demand, shortest_makespan
+from ..hebf.loads import Order
 from ..hebf.order import hottest_first
 from ..loader.budget import format_size
 from ..loader.guard import Guard
-from ..loader.policies import ByWorth, LeastFrequentlyUsed, LeastRecentlyUsed
-from ..loader.residency import Lease, Policy, Want
+from ..loader.residency import Lease, Want
 from ..loader.streaming import Span, StreamedExperts
-from ..store import Store
-from ..types import F32, I32, Streaming, Traffic
-from .ahead import Guess, LookAhead
+from ..types import F32, I32, Traffic
+from .ahead import LookAhead
+from .bit_router import BitRouter, Grant
 from .costs import Profile
 from .counts import DemandCounts
+from .step import Step, jobs_of, wants_of
 
 _LOOK_NS = 50_000_000
 """Between two looks at what the process uses, which take a third of a millisecond."""
 
 _AT_ONCE = 8
-"""Experts computed in one go while others still wait for their room."""
-
-
-ORDERS: dict[str, Order] = {
-    "shortest": shortest_makespan,
-    "hebf": hottest_bit_first,
-    "fifo": on_demand,
-}
-
-
-def policy_named(name: str, store: Store) -> Policy:
-    """What to evict, one of types.POLICIES, for the experts of a store."""
-    config = store.config
-    layers, experts = len(config.moe_layers), config.num_experts
-    if name == "worth":
-        levels = len(store.quant.expert_levels)
-        return ByWorth(layers, experts, levels, config.num_experts_per_tok)
-    if name == "lru":
-        return LeastRecentlyUsed(layers, experts)
-    return LeastFrequentlyUsed(layers, experts)
-
-
-def streamed_mixture(
-    store: Store,
-    pool: kernels.Pool,
-    budget_bytes: int,
-    level: int,
-    streaming: Streaming,
-    guess: Guess | None = None,
-    guard: Guard | None = None,
-    limit: float = 0.0,
-    span: Span | None = None,
-) -> StreamedMixture:
-    """All layers' experts of a store at a level (its index), streamed through so many bytes.
-
-    guess: at what the next layer wants; None: nothing is read ahead. guard: asked between tokens;
-    None: nothing is given back. limit: bytes a second to read at most; 0: no limit.
-
-    Raises:
-        MemoryBudgetError: the budget cannot hold the largest segment.
-    """
-    policy = policy_named(streaming.policy, store)
-    source = StreamedExperts(store, budget_bytes, policy, level, limit=limit, span=span)
-    return StreamedMixture(
-        pool,
-        source,
-        level,
-        store.quant.expert_levels,
-        ORDERS[streaming.order],
-        overlap=streaming.overlap,
-        ahead=None if guess is None else LookAhead(guess),
-        guard=guard,
-        span=span,
-    )
-
-
-@dataclass
-class Step:
-    """A layer step under way. todo: experts not yet computed. missing: those not yet claimed, in
-    the order of their reads. spare_due: nothing was evicted for the next step yet. leases: with the
-    experts of each that are not yet computed."""
-
-    layer: int
-    counts: dict[int, int]
-    todo: list[int]
-    missing: list[int]
-    spare_due: bool
-    leases: list[tuple[Lease, set[int]]] = field(default_factory=list)
-    pair_out: F32 = field(init=False)
-    parts: kernels.MixtureParts = field(init=False)
+"""Jobs computed in one go while others still wait for their room."""
 
 
 class StreamedMixture(Closing):
-    """All layers' experts at one level, streamed.
+    """All layers' experts, streamed.
 
     Args:
-        pool: what computes. source: where experts come from. level: index of their level.
+        pool: what computes. source: where experts come from. router: which level each demand gets.
         bits: of each level. order: of a layer's reads. overlap: compute while reading.
         ahead: what the next layer will want, or None: nothing is read before it is asked for.
         guard: of the ceiling; asked between tokens. span: told what was done when.
@@ -122,7 +52,7 @@ class StreamedMixture(Closing):
         self,
         pool: kernels.Pool,
         source: StreamedExperts,
-        level: int,
+        router: BitRouter,
         bits: Sequence[int],
         order: Order,
         *,
@@ -133,14 +63,14 @@ class StreamedMixture(Closing):
     ) -> None:
         self._pool, self._source, self.overlap = pool, source, overlap
         self._guard = guard
-        self._level, self._depth, self._bits = level, level + 1, bits
+        self._router, self._bits = router, bits
         self._order, self._span = order, span
         self._mixtures = {
-            layer: kernels.Mixture(source.layout(layer), source.segments(layer), level)
+            layer: kernels.Mixture(source.layout(layer), source.segments(layer))
             for layer in source.layers
         }
         self._counts = DemandCounts(
-            bits[level], {layer: source.expert_bytes(layer, self._depth) for layer in source.layers}
+            bits, {layer: source.segment_bytes(layer) for layer in source.layers}
         )
         self._profile = Profile()
         self._open: list[Step] = []
@@ -178,13 +108,12 @@ class StreamedMixture(Closing):
         """
         try:
             self._watch(layer)
-            wanted = self._wanted(ids)
-            missing = self._missing(layer, wanted)
+            step, grant = self._asked(layer, x, ids, weights)
             small = ids.size <= kernels.AT_ONCE_PAIRS and not self._open
-            if small and not missing and self._source.landed(layer, wanted, self._depth):
-                return self._at_once(layer, x, ids, weights, wanted)
-            step = self._begin(layer, x, ids, weights, wanted, missing)
-            self._read_ahead(layer, x, wanted)
+            if small and not step.missing and self._source.landed(layer, step.wants.items()):
+                return self._at_once(step, x, ids, weights, grant)
+            self._begin(step, x, ids, weights, grant)
+            self._read_ahead(step, x)
             return self._finish(step)
         except BaseException:
             self._recover()
@@ -195,8 +124,8 @@ class StreamedMixture(Closing):
         `finish`, and errors as of a call."""
         try:
             self._watch(layer)
-            wanted = self._wanted(ids)
-            step = self._begin(layer, x, ids, weights, wanted, self._missing(layer, wanted))
+            step, grant = self._asked(layer, x, ids, weights)
+            self._begin(step, x, ids, weights, grant)
             self._tidy_early()
             return step
         except BaseException:
@@ -219,14 +148,20 @@ class StreamedMixture(Closing):
             self._ahead.forget()
         self._source.recover()
 
-    def _wanted(self, ids: I32) -> dict[int, int]:
-        """How many tokens want each expert, lowest first."""
-        return dict(sorted(Counter(ids.ravel().tolist()).items()))
-
-    def _missing(self, layer: int, wanted: Iterable[int]) -> list[int]:
-        """Those that are neither there nor on their way."""
-        held = self._source.claimed(layer)
-        return [e for e in wanted if held[e] < self._depth]
+    def _asked(self, layer: int, x: F32, ids: I32, weights: F32) -> tuple[Step, Grant]:
+        """What the layer wants, at which levels."""
+        # All that comes before the first read is time in which the disk does nothing.
+        held, width = self._source.claimed(layer), len(self._bits)
+        grant = self._router(layer, x, ids, weights, held)
+        counts = jobs_of(ids, grant.levels, width)
+        wants = wants_of(counts, width)
+        missing = [e for e, depth in wants.items() if held[e] < depth]
+        step = Step(layer, width, counts, wants, list(counts), missing, bool(missing))
+        wished = wants
+        if grant.wished is not grant.levels:
+            wished = wants_of(jobs_of(ids, grant.wished, width), width)
+        self._source.observe(layer, [Want(*each) for each in wished.items()])
+        return step, grant
 
     def _watch(self, layer: int) -> None:
         """Now and then, between tokens: see how busy the disk is, and give memory back before the
@@ -247,39 +182,38 @@ class StreamedMixture(Closing):
             if excess:
                 self._source.shrink(excess)
 
-    def _at_once(self, layer: int, x: F32, ids: I32, weights: F32, wanted: dict[int, int]) -> F32:
+    def _at_once(self, step: Step, x: F32, ids: I32, weights: F32, grant: Grant) -> F32:
         """All is there, and nothing can go away meanwhile: no step is open."""
-        wants = [Want(e, self._depth) for e in wanted]
-        self._source.observe(layer, wants)
-        self._counts.add(layer, ids, weights)
-        kept = self._read_ahead(layer, x, wanted, wants)
+        self._counts.add(step.layer, ids, weights, grant)
+        kept = self._read_ahead(step, x, step.wanted(list(step.wants)))
         begun = time.monotonic_ns()
-        out = self._mixtures[layer](self._pool, x, ids, weights)
-        ended = self._note("experts", begun, layer, experts=len(wanted))
-        self._profile.computed(len(wanted), ids.size, (ended - begun) / 1e9)
+        out = self._mixtures[step.layer](self._pool, x, ids, grant.levels, weights)
+        ended = self._note("experts", begun, step.layer, jobs=len(step.counts))
+        self._profile.computed(self._bits_of(step.counts), ids.size, (ended - begun) / 1e9)
         if kept is not None:
             self._source.release(kept)
         return out
 
-    def _read_ahead(
-        self, layer: int, x: F32, wanted: dict[int, int], keep: Sequence[Want] = ()
-    ) -> Lease | None:
+    def _read_ahead(self, step: Step, x: F32, keep: Sequence[Want] = ()) -> Lease | None:
         """Begin to read what the next layer will probably want; a lease on `keep` if that could
         make the layer at hand lose it."""
-        ahead, source, depth = self._ahead, self._source, self._depth
+        ahead, source, depth = self._ahead, self._source, self._router.early_depth
         if ahead is None:
             return None
         self._tidy_early()
-        ahead.learn(layer, wanted)
-        guess = ahead.missing(layer, x, source.claimed, depth)
-        # Half of the cache is left to what is known to be wanted.
-        if guess is None or not source.fits(layer, depth, 2 * (len(wanted) + len(guess[1]))):
+        ahead.learn(step.layer, step.wants)
+        guess = ahead.missing(step.layer, x, source.claimed, depth)
+        if guess is None:
             return None
         following, experts = guess
-        kept = source.claim(layer, keep) if keep else None
+        wants = [Want(e, depth) for e in experts]
+        # Half of the cache is left to what is known to be wanted.
+        if not source.fits(step.layer, [*step.wants.items(), *wants], 2):
+            return None
+        kept = source.claim(step.layer, keep) if keep else None
         if keep and kept is None:
             return None
-        lease = source.claim(following, [Want(e, depth) for e in experts], early=True)
+        lease = source.claim(following, wants, early=True)
         if lease is not None:
             self._early.append((following, lease))
         return kept
@@ -288,7 +222,7 @@ class StreamedMixture(Closing):
         """Release what was read early for a step that has come by now, and has landed."""
         early, self._early = self._early, []
         for layer, lease in early:
-            if self._source.landed(layer, [want.expert for want in lease.wants], self._depth):
+            if self._source.landed(layer, lease.wants):
                 self._source.release(lease)
             else:
                 self._early.append((layer, lease))
@@ -301,16 +235,13 @@ class StreamedMixture(Closing):
             self._source.release(lease)
         self._early.clear()
 
-    def _begin(
-        self, layer: int, x: F32, ids: I32, weights: F32, wanted: dict[int, int], missing: list[int]
-    ) -> Step:
-        # All that comes before the first read is time in which the disk does nothing.
-        source, depth = self._source, self._depth
-        source.observe(layer, [Want(e, depth) for e in wanted])
-        here = [e for e in wanted if e not in missing]
-        order = self._ordered(layer, ids, wanted, missing)
-        step = Step(layer, wanted, list(wanted), order, bool(missing))
-        if source.fits(layer, depth, len(wanted)) and self._claim(step, here + step.missing):
+    def _begin(self, step: Step, x: F32, ids: I32, weights: F32, grant: Grant) -> None:
+        layer, missing = step.layer, set(step.missing)
+        here = [e for e in step.wants if e not in missing]
+        order = self._ordered(step, ids, grant.levels)
+        if self._source.fits(layer, step.wants.items()) and self._claim(
+            step, here + step.missing, order
+        ):
             step.missing = []
         else:
             if here:
@@ -319,10 +250,9 @@ class StreamedMixture(Closing):
         # The disk is at work: now for what it need not wait for.
         mixture = self._mixtures[layer]
         step.pair_out = self._buffer(ids.size, mixture.hidden)
-        step.parts = kernels.MixtureParts(mixture, x, ids, weights, step.pair_out)
-        self._counts.add(layer, ids, weights)
+        step.parts = kernels.MixtureParts(mixture, x, ids, grant.levels, weights, step.pair_out)
+        self._counts.add(layer, ids, weights, grant)
         self._open.append(step)
-        return step
 
     def _finish(self, step: Step) -> F32:
         self._complete(step)
@@ -334,11 +264,14 @@ class StreamedMixture(Closing):
         return out
 
     def _complete(self, step: Step) -> None:
+        source, width = self._source, step.width
         while step.todo:
-            while self._source.collect(wait=False):
+            while source.collect(wait=False):
                 pass
-            ready = [e for e in step.todo if self._source.ready(step.layer, e) >= self._depth]
-            loading = set(step.todo).difference(ready, step.missing)
+            ready = [j for j in step.todo if source.ready(step.layer, j // width) > j % width]
+            loading = {j // width for j in set(step.todo).difference(ready)}.difference(
+                step.missing
+            )
             if ready and (self.overlap or not loading):
                 self._compute(step, ready[:_AT_ONCE] if step.missing else ready)
                 self._claim_missing(step)
@@ -352,26 +285,19 @@ class StreamedMixture(Closing):
         """Once a step, when there is nothing better to do: evict for the next."""
         if step.spare_due:
             step.spare_due = False
-            self._source.spare(step.layer, self._depth)
+            self._source.spare(step.layer, max(step.wants.values()))
 
-    def _compute(self, step: Step, experts: list[int]) -> None:
+    def _compute(self, step: Step, jobs: list[int]) -> None:
         begun = time.monotonic_ns()
-        step.parts.run(self._pool, experts)
-        ended = self._note("experts", begun, step.layer, experts=len(experts))
-        pairs = sum(step.counts[e] for e in experts)
-        self._profile.computed(len(experts), pairs, (ended - begun) / 1e9)
-        done = set(experts)
-        step.todo = [e for e in step.todo if e not in done]
-        # What another step has brought in is computed without being claimed.
-        step.missing = [e for e in step.missing if e not in done]
-        left = []
-        for lease, open_ in step.leases:
-            open_ -= done
-            if open_:
-                left.append((lease, open_))
-            else:
-                self._source.release(lease)
-        step.leases = left
+        step.parts.run(self._pool, jobs)
+        ended = self._note("experts", begun, step.layer, jobs=len(jobs))
+        pairs = sum(step.counts[job] for job in jobs)
+        self._profile.computed(self._bits_of(jobs), pairs, (ended - begun) / 1e9)
+        for lease in step.computed(jobs):
+            self._source.release(lease)
+
+    def _bits_of(self, jobs: Iterable[int]) -> int:
+        return sum(self._bits[job % len(self._bits)] for job in jobs)
 
     def _wait(self, step: Step) -> None:
         self._evict_ahead(step)
@@ -380,10 +306,10 @@ class StreamedMixture(Closing):
         ended = self._note("wait", begun, step.layer)
         self._wait_ns += ended - begun
 
-    def _claim(self, step: Step, experts: Sequence[int]) -> bool:
-        lease = self._source.claim(step.layer, [Want(e, self._depth) for e in experts])
+    def _claim(self, step: Step, experts: list[int], order: Sequence[tuple[int, int]] = ()) -> bool:
+        lease = self._source.claim(step.layer, step.wanted(experts), order=order)
         if lease is not None:
-            step.leases.append((lease, set(experts)))
+            step.leases.append((lease, step.jobs(experts)))
         return lease is not None
 
     def _claim_missing(self, step: Step) -> bool:
@@ -411,21 +337,26 @@ class StreamedMixture(Closing):
         for other in others:
             self._complete(other)
 
-    def _ordered(
-        self, layer: int, ids: I32, counts: dict[int, int], missing: list[int]
-    ) -> list[int]:
-        """Experts that are missing in the order of their reads."""
+    def _ordered(self, step: Step, ids: I32, levels: I32) -> Sequence[tuple[int, int]]:
+        """Puts the missing experts in the order of their reads; (expert, segment) of all reads, if
+        those of an expert do not come together."""
+        missing = step.missing
         if len(missing) <= 1:
-            return missing
-        held = self._source.claimed(layer)
-        if len({(held[e], counts[e]) for e in missing}) <= 1:
-            return missing  # every order takes the same time
-        demands = hottest_first(ids, np.full(ids.shape, self._level, np.int32))
-        sizes = self._source.layout(layer).segment_sizes
+            return ()
+        held, width = self._source.claimed(step.layer), step.width
+        shape: dict[int, list[int]] = {e: [held[e]] for e in missing}
+        for job, count in step.counts.items():
+            if job // width in shape:
+                shape[job // width] += job % width, count
+        if len(set(map(tuple, shape.values()))) <= 1:
+            return ()  # every order takes the same time
+        demands = hottest_first(ids, levels)
+        sizes = self._source.layout(step.layer).segment_sizes
         self._profile.reads(*self._source.reading())
-        costs = self._profile.costs(sizes, self._bits, self._level)
+        costs = self._profile.costs(sizes, self._bits)
         loads = self._order(demands, np.array(held, np.int32), costs)
-        return list(dict.fromkeys(load.expert for load in loads))
+        step.missing = list(dict.fromkeys(load.expert for load in loads))
+        return loads if len(step.counts) > len(step.wants) else ()
 
     def _buffer(self, rows: int, hidden: int) -> F32:
         while self._spare:

@@ -156,8 +156,11 @@ def text(result: Bench) -> list[str]:
     if other is not None:
         rows += _theirs(other)
     per_token = result.bytes_per_token
+    experts = f"{result.bits}-bit experts"
+    if result.mean_bits is not None:
+        experts = f"experts of {result.mean_bits:g} bits on average"
     return [
-        f"{os.path.basename(result.model)}: {result.bits}-bit experts, {result.dense_bits}-bit "
+        f"{os.path.basename(result.model)}: {experts}, {result.dense_bits}-bit "
         f"dense weights, {result.kv_type} keys and values; {machine.threads} threads, "
         f"{machine.isa}, {machine.cpu}",
         f"{len(result.rounds)} rounds, tokens: {result.tokens}",
@@ -209,6 +212,7 @@ def _reading(parts: Sequence[Reading], tokens: int) -> list[tuple[str, Spread, s
     return [
         ("  MB read a token", Spread.of([p.bytes_read / tokens / 1e6 for p in parts]), ".1f"),
         ("  hits, by bytes", Spread.of([p.hit_rate for p in parts]), ".1%"),
+        ("  mean bits", Spread.of([p.mean_bits for p in parts]), ".2f"),
         ("  waited for reads, s", Spread.of([p.unhidden_wait_s for p in parts]), ".2f"),
     ]
 

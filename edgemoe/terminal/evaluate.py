@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class EvalOptions:
     piqa: str | None = None
     limit: int | None = None
     bits: int | None = None
+    mean_bits: float | None = None
+    read_price: float | None = None
     dense_bits: int | None = None
     versus: int | None = None
     ref: str | None = None
@@ -77,11 +79,13 @@ def run(options: EvalOptions) -> int:
     _check_belonging(options)
     with ExitStack() as stack, terminable():
         work = _prepare(options, stack)
-        settings = [options.bits] if options.versus is None else [options.bits, options.versus]
+        settings = [options]
+        if options.versus is not None:
+            settings.append(replace(options, bits=options.versus, mean_bits=None, read_price=None))
         outcomes: dict[int, _Outcome] = {}
         # The larger one first: if it does not fit, that shows before any work is done.
-        for i in sorted(range(len(settings)), key=lambda i: -(settings[i] or LEVELS[-1])):
-            outcomes[i] = _measure(options, settings[i], work)
+        for i in sorted(range(len(settings)), key=lambda i: -(settings[i].bits or LEVELS[-1])):
+            outcomes[i] = _measure(settings[i], work)
         out = {"file": options.store} | outcomes[0].figures
         if work.texts:
             out |= {"texts": list(options.texts), "ctx": options.ctx}
@@ -263,7 +267,7 @@ def _check_vocabulary(opened: OpenedModel, checkpoint: Checkpoint) -> None:
             )
 
 
-def _measure(options: EvalOptions, bits: int | None, work: _Work) -> _Outcome:
+def _measure(options: EvalOptions, work: _Work) -> _Outcome:
     budget.release_heap()
     start = time.perf_counter()
     opened = open_model(options.store)
@@ -273,7 +277,9 @@ def _measure(options: EvalOptions, bits: int | None, work: _Work) -> _Outcome:
     with load(
         opened,
         mem=options.mem,
-        bits=bits,
+        bits=options.bits,
+        mean_bits=options.mean_bits,
+        read_price=options.read_price,
         dense_bits=options.dense_bits,
         ctx_size=work.longest,
         threads=options.threads,
@@ -286,9 +292,12 @@ def _measure(options: EvalOptions, bits: int | None, work: _Work) -> _Outcome:
         plan, run = model.plan, _runner(model)
         figures: dict[str, Any] = {"bits": plan.bits, "dense_bits": plan.dense_bits}
         figures["kv_type"] = plan.kv_type
+        if plan.mean_bits is not None:
+            figures["mean_bits_wanted"] = plan.mean_bits
+        setting = f"{plan.mean_bits or plan.bits:g}"
         scores: list[TokenScores] = []
         if work.texts:
-            with progress(f"{plan.bits} bits, text") as report:
+            with progress(f"{setting} bits, text") as report:
                 scores = score_windows(run, work.texts, work.text_reference, report)
             size = sum(_bytes(model.tokenizer, w.targets) for w in work.texts)
             summary = asdict(summarize(scores, size))
@@ -296,7 +305,7 @@ def _measure(options: EvalOptions, bits: int | None, work: _Work) -> _Outcome:
             figures["windows"] = len(work.texts)
         tasks: dict[str, Mapping[str, F64]] = {}
         for task, todo in work.tasks:
-            with progress(f"{plan.bits} bits, {task.name}") as report:
+            with progress(f"{setting} bits, {task.name}") as report:
                 likelihoods = multiple_choice.likelihoods(run, todo, report)
             tasks[task.name] = task.scores(likelihoods)
             figures[task.name] = _task_figures(task, tasks[task.name], work)

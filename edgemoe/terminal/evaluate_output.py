@@ -25,7 +25,8 @@ def lines(out: Mapping[str, Any]) -> Iterator[str]:
     other = out.get("versus")
     if other is not None:
         yield from _setting_lines(other, out)
-        yield f"{out['bits']} against {other['bits']} bits, paired, 95 % intervals:"
+        bits = out.get("mean_bits_wanted", out["bits"])
+        yield f"{bits:g} against {other['bits']} bits, paired, 95 % intervals:"
         for name, compared in other["paired"].items():
             nested = compared if name in ("lambada", "piqa") else {"": compared}
             for part, c in nested.items():
@@ -33,7 +34,10 @@ def lines(out: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _setting_lines(out: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{out['bits']}-bit experts, {out['dense_bits']}-bit dense, {out['seconds']:.1f} s:"
+    experts = f"{out['bits']}-bit experts"
+    if "mean_bits_wanted" in out:
+        experts = f"experts of {out['mean_bits_wanted']:g} bits on average"
+    yield f"{experts}, {out['dense_bits']}-bit dense, {out['seconds']:.1f} s:"
     if "ppl" in out:
         yield from _text_lines(out, common)
     for name in ("lambada", "piqa"):

@@ -105,6 +105,20 @@ def loading(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Bits of the experts.  [default: the most at which all fit, else 4, streamed]",
         ),
         click.option(
+            "--mean-bits",
+            callback=number(2, 8),
+            metavar="X",
+            help="Bits of the experts on average: each token gets each of its experts at as many "
+            "as it gains from. Instead of --bits and --exact.",
+        ),
+        click.option(
+            "--read-price",
+            callback=number(1, 1e9),
+            metavar="X",
+            help="With --mean-bits: how many times as much bits have to gain that are not in "
+            "memory; 1 takes no account of it.  [default: 8]",
+        ),
+        click.option(
             "--dense-bits",
             callback=level,
             metavar=LEVEL,

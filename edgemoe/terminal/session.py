@@ -36,6 +36,8 @@ class RunOptions:
     mem: str = "auto"
     cache: str | None = None
     bits: int | None = None
+    mean_bits: float | None = None
+    read_price: float | None = None
     dense_bits: int | None = None
     exact: bool = False
     io_limit: float | None = None
@@ -91,6 +93,8 @@ def load_model(opened: OpenedModel, options: RunOptions, ctx_size: int) -> Model
             opened,
             mem=options.mem,
             bits=options.bits,
+            mean_bits=options.mean_bits,
+            read_price=options.read_price,
             dense_bits=options.dense_bits,
             ctx_size=ctx_size,
             threads=options.threads,
@@ -112,10 +116,13 @@ def load_model(opened: OpenedModel, options: RunOptions, ctx_size: int) -> Model
     if plan.streamed:
         why = f" streamed through {format_size(plan.budget.experts)}"
     else:
-        why = "" if options.bits else f" ({most})"
+        why = "" if options.bits or options.mean_bits else f" ({most})"
+    experts = f"{plan.bits}-bit experts"
+    if plan.mean_bits is not None:
+        experts = f"experts of {plan.mean_bits:g} bits on average, {plan.bits} at most,"
     name = os.path.basename(model.store_path)
     note(
-        f"{name}: {plan.bits}-bit experts{why}, {plan.dense_bits}-bit "
+        f"{name}: {experts}{why}, {plan.dense_bits}-bit "
         f"dense weights, context {plan.ctx_size}, {plan.threads} threads, ceiling "
         f"{format_size(plan.budget.ceiling)}"
     )

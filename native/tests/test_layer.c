@@ -113,32 +113,34 @@ static void replay_at_once(int threads) {
     em_pool_free(pool);
 }
 
-/* The mixture in parts, from the last expert to the first, is the mixture in one call. */
+/* The mixture in parts, from the last job to the first, is the mixture in one call. */
 static void mix_in_parts(em_pool *pool, const em_mixture_of *of, const float *x, int n, int k,
-                         const int32_t *ids, const float *weights, const float *want) {
+                         const int32_t *ids, const int32_t *levels, const float *weights, const float *want) {
     const size_t h = (size_t)of->record.hidden, pairs = (size_t)n * (size_t)k;
     float *pair_out = floats(pairs * h), *got = floats((size_t)n * h);
     int32_t *position = keep(calloc(pairs, sizeof *position));
     int done = 0;
-    for (int last = of->experts; last > 0; last -= 2) {
+    for (int last = of->experts * of->depth; last > 0; last -= 2) {
         const int32_t chosen[] = {last - 1, last > 1 ? last - 2 : 0};
-        const int pairs_done = em_mixture_part(pool, of, x, n, k, ids, chosen, 2, done, position, pair_out);
+        const int pairs_done =
+            em_mixture_part(pool, of, x, n, k, ids, levels, chosen, 2, done, position, pair_out);
         if (pairs_done < 0) exit(2);
         done += pairs_done;
     }
     em_combine(pool, pair_out, position, weights, n, k, of->record.hidden, got);
-    const int32_t beyond = of->experts;
+    const int32_t beyond = of->experts * of->depth;
     if (done != n * k || memcmp(got, want, (size_t)n * h * sizeof(float)) ||
-        em_mixture_part(pool, of, x, n, k, ids, &beyond, 1, 0, position, pair_out) != EM_NO_SUCH_EXPERT) {
+        em_mixture_part(pool, of, x, n, k, ids, levels, &beyond, 1, 0, position, pair_out) !=
+            EM_NO_SUCH_EXPERT) {
         failures++;
         printf("mixture in parts: differs on %s\n", em_isa_current()->name);
     }
 }
 
-/* The mixture in one call is its experts, each computed by itself, and their sum. */
+/* The mixture in one call is its experts, each computed by itself at its level, and their sum. */
 static void mix(em_pool *pool, int n, int k, int experts, int h, int inter, int ahead, const float *x,
                 const int32_t *ids, const float *weights) {
-    enum { LEVEL = 1 };
+    enum { LEVEL = 1 }; /* the highest that is there */
     const em_record record = {blob("expert.offsets", NULL), 4, h, inter, ahead, 2};
     uint64_t *table = keep(calloc((size_t)experts * EM_LEVELS, sizeof *table));
     for (int e = 0; e < experts; e++)
@@ -148,13 +150,15 @@ static void mix(em_pool *pool, int n, int k, int experts, int h, int inter, int 
             table[e * EM_LEVELS + s] = (uint64_t)(uintptr_t)blob(name, NULL);
         }
     const size_t row = (size_t)h;
-    em_mixture_of of = {record, table, experts, EM_LEVELS, LEVEL};
+    const em_mixture_of of = {record, table, experts, EM_LEVELS};
+    int32_t *levels = keep(calloc((size_t)(n * k), sizeof *levels));
+    for (int i = 0; i < n * k; i++) levels[i] = (i / 2) % (LEVEL + 1);
     float *got = floats((size_t)n * row), *want = floats((size_t)n * row), *one = floats(row);
-    if (em_mixture(pool, &of, x, n, k, ids, weights, got)) exit(2);
-    mix_in_parts(pool, &of, x, n, k, ids, weights, got);
+    if (em_mixture(pool, &of, x, n, k, ids, levels, weights, got)) exit(2);
+    mix_in_parts(pool, &of, x, n, k, ids, levels, weights, got);
     const int32_t zero = 0;
     for (int i = 0; i < n * k; i++) {
-        em_job job = em_job_at(&record, table + ids[i] * EM_LEVELS, LEVEL);
+        em_job job = em_job_at(&record, table + ids[i] * EM_LEVELS, levels[i]);
         job.count = 1;
         if (em_experts(pool, x + (size_t)(i / k) * row, 1, &job, 1, &zero, 1, one)) exit(2);
         for (size_t c = 0; c < row; c++) want[(size_t)(i / k) * row + c] += weights[i] * one[c];
@@ -164,10 +168,10 @@ static void mix(em_pool *pool, int n, int k, int experts, int h, int inter, int 
         printf("mixture: differs on %s\n", em_isa_current()->name);
     }
     const int32_t beyond = experts;
-    const int refused = em_mixture(pool, &of, x, 1, 1, &beyond, weights, got);
-    of.level++;
+    const int refused = em_mixture(pool, &of, x, 1, 1, &beyond, levels, weights, got);
+    levels[n * k - 1] = LEVEL + 1;
     if (refused != EM_NO_SUCH_EXPERT ||
-        em_mixture(pool, &of, x, n, k, ids, weights, got) != EM_NO_SUCH_EXPERT) {
+        em_mixture(pool, &of, x, n, k, ids, levels, weights, got) != EM_NO_SUCH_EXPERT) {
         failures++;
         printf("mixture: an expert that is not there was taken\n");
     }
