@@ -27,7 +27,7 @@ from edgemoe.model import Span, drive, layers
 from edgemoe.pipeline.ahead import Guess, LookAhead, NextRouter, Routing
 from edgemoe.pipeline.serial import SerialExperts
 from edgemoe.pipeline.streamed import StreamedMixture
-from edgemoe.types import F32, I32
+from edgemoe.types import F32, I32, Streaming
 
 WINDOW, TEXT_CHARS = 256, 50_000
 
@@ -79,17 +79,23 @@ def named(args: argparse.Namespace) -> list[float]:
 
 def run(args: argparse.Namespace, way: str) -> dict[str, Any]:
     """Tokens of one run; the rate leaves out those that fill the cache."""
-    with edgemoe.load(args.store, mem=args.mem, bits=args.bits, ctx_size=args.tokens + 1) as model:
+    with edgemoe.load(
+        args.store,
+        mem=args.mem,
+        bits=args.bits,
+        ctx_size=args.tokens + 1,
+        streaming=Streaming(fill=False),
+    ) as model:
         mixture = model._experts
-        if not isinstance(mixture, StreamedMixture) or mixture._ahead is None:
+        if not isinstance(mixture, StreamedMixture) or mixture._early._ahead is None:
             raise SystemExit(f"{args.store}: all experts fit in {args.mem}; give less")
         if way == "off":
-            mixture._ahead = None
+            mixture._early._ahead = None
         else:
             guess = degraded(
-                mixture._ahead._guess, float(way.rstrip("a")), model.config.num_experts
+                mixture._early._ahead._guess, float(way.rstrip("a")), model.config.num_experts
             )
-            mixture._ahead = LookAhead(guess, always=way.endswith("a"))
+            mixture._early._ahead = LookAhead(guess, always=way.endswith("a"))
         cache, token, out = model.new_cache(), 0, []
         for i in range(args.tokens):
             if i == args.skip:
@@ -98,7 +104,7 @@ def run(args: argparse.Namespace, way: str) -> dict[str, Any]:
             out.append(token)
         seconds, traffic = time.perf_counter() - begun, model.usage().traffic
         count = args.tokens - args.skip
-        ahead = mixture._ahead
+        ahead = mixture._early._ahead
         return {
             "tokens": out,
             "rate": count / seconds,

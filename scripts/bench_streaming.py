@@ -65,14 +65,16 @@ EPILOG = """targets (issue 06): of llama.cpp 0.7 at 3000M, 0.4 at 2200M, 0.25 at
 at most 1.18 (1 / 0.85), in --serial 1.11 (1 / 0.9); bytes within 3 % of the simulator's `worth`,
 and at most its lru and lfu; prefill at least 0.8 of its limit
   bound   of a token: sum over layers of T_dense + max(missed bytes / plain bandwidth, T_experts),
-          and the head; T of the round's resident run (medians over tokens), misses of a traced run,
-          which are the same in every run; of a prefill: its times and misses summed up by layer
+          and the head; T of the round's resident run (medians over tokens), misses of a traced run
+          that reads nothing early, which are the same each time; of a prefill: its times and
+          misses summed up by layer
   limit   of a prefill: the longer of the resident one and missed bytes / plain bandwidth
 examples:
   bench_streaming.py q7.emoe --gguf q7.gguf --routes olmoe_299.jsonl --capped capped.sh
   bench_streaming.py q7.emoe --routes olmoe_299.jsonl --cap 2200M --serial --capped capped.sh
   bench_streaming.py zipf.emoe --cap 2200M --serial   # without --routes: words' frequencies
   bench_streaming.py q7.emoe --routes olmoe_299.jsonl --cap 1500M --orders | tail -1 | jq .caps
+  bench_streaming.py q7.emoe --gguf q7.gguf --routes olmoe_299.jsonl --mean-bits 2.5
 """
 
 
@@ -172,21 +174,32 @@ class Bench:
         main = "import sys; from edgemoe.cli import main; sys.exit(main())"
         said, stderr = self._start(cap, [
             "-I", "-c", main, "run", self.args.store, "!", "--raw", "--temp", "0",
-            "--bits", str(LEVEL), "--exact", "--mem", cap, "-n", str(self.args.tokens),
+            *self._levels(), "--mem", cap, "-n", str(self.args.tokens),
             "-t", str(self.args.threads), "--json", *more,
             *(() if self.args.look_ahead else ("--no-look-ahead",)),
+            *(() if self.args.fill else ("--no-fill",)),
         ])  # fmt: skip
         if said["prompt_tokens"] != 1 or said["generated_tokens"] != self.args.tokens:
             raise EdgeMoEError("the model does not go on from one token ('!') to the end: see -n")
         return said | fenced(stderr)
+
+    def _levels(self) -> list[str]:
+        args = self.args
+        if args.mean_bits is None:
+            return ["--bits", str(LEVEL), "--exact"]
+        price = [] if args.read_price is None else ["--read-price", str(args.read_price)]
+        return ["--mean-bits", str(args.mean_bits), *price]
 
     def feed(self, cap: str | None, **job: Any) -> dict[str, Any]:
         """streaming_child.py under a cap; None: with all experts resident."""
         job = {"prefill": False, "batch": 1, "tokens": self.args.tokens, "streaming": {}} | job
         job |= {"store": self.args.store, "mem": cap or "auto", "steps": self._steps}
         # What a step misses is told by its reads: none may begin before it.
-        job["streaming"] = {"look_ahead": False, **job["streaming"]}
-        job |= {"threads": self.args.threads, "trace": job.get("trace"), "bits": LEVEL}
+        job["streaming"] = {"look_ahead": False, "fill": False, **job["streaming"]}
+        levels: dict[str, Any] = {"bits": LEVEL, "exact": True}
+        if self.args.mean_bits is not None:
+            levels = {"mean_bits": self.args.mean_bits, "read_price": self.args.read_price}
+        job |= {"threads": self.args.threads, "trace": job.get("trace"), "levels": levels}
         said, _ = self._start(cap, [str(CHILD), json.dumps(job)])
         if said["streamed"] == (cap is None):
             raise EdgeMoEError(
@@ -251,6 +264,7 @@ def alone(bench: Bench) -> dict[str, Any]:
                 "--trace",
                 path,
                 "--no-look-ahead",  # as in `feed`
+                "--no-fill",
             )
         )
         texts.append(said["text"])
@@ -272,7 +286,7 @@ def alone(bench: Bench) -> dict[str, Any]:
             f"{shown(found['time_of_bound']):>20} {found['bytes_read_per_token'] / MIB:10.1f}"
             f"{100 * found['hit_rate']:5.0f} %  kills {found.get('kills', 'not counted')}"
         )
-    if bench.routes:
+    if bench.routes and bench.args.mean_bits is None:
         print("cap    MB missed a token: real  simulated: worth    lru    lfu  real / worth")
         for cap in caps:
             found = replayed(bench, bench.routes, bench.feed(cap))
@@ -306,7 +320,7 @@ def serial(bench: Bench) -> dict[str, Any]:
             _, passes = bench.traced(lambda path, a=cap, j=job: bench.feed(a, trace=path, **j))
             missed[cap, kind] = passes.missed
             for name, overlap in (("overlapped", True), ("serial", False)):
-                how = {"overlap": overlap}
+                how = {"overlap": overlap, "fill": bench.args.fill}
                 work[cap, kind, name] = partial(bench.feed, cap, streaming=how, **job)
     rounds = bench.in_turn(work)
     out: dict[str, Any] = {"caps": {cap: {} for cap in bench.args.cap}}
@@ -382,6 +396,14 @@ def options() -> argparse.Namespace:
         help="in what is timed alone; a scripted router (--routes) makes every guess right, which "
         "real ones are not",
     )
+    p.add_argument(
+        "--no-fill",
+        dest="fill",
+        action="store_false",
+        help="while the disk is idle, too, nothing is read that was not asked for",
+    )
+    p.add_argument("--mean-bits", type=float, help="of experts, instead of 4 for all")
+    p.add_argument("--read-price", type=float, help="with --mean-bits, as `edgemoe run` has it")
     p.add_argument("-t", "--threads", type=int, default=default_threads())
     what = p.add_mutually_exclusive_group()
     for mode in (serial, orders):

@@ -25,16 +25,16 @@ def fed(job: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds, passes, a checksum of logits, and traffic of a job.
 
     job: `tokens` for each of `batch` sequences, one by one, or with `prefill` a prompt of one; with
-    `steps` tokens 0, 1, 2 ... modulo it, else words' frequencies. `store`, `mem`, `bits`, `threads`
-    as edgemoe.load; `streaming` fields of types.Streaming; `trace` a path or None.
+    `steps` tokens 0, 1, 2 ... modulo it, else words' frequencies. `store`, `mem`, `threads` as
+    edgemoe.load, and what else it takes in `levels`; `streaming` fields of types.Streaming; `trace`
+    a path or None.
     """
     prefill, batch, tokens = job["prefill"], job["batch"], job["tokens"]
     trace = None if job["trace"] is None else Path(job["trace"])
     with edgemoe.load(
         job["store"],
         mem=job["mem"],
-        bits=job["bits"],
-        exact=True,
+        **job["levels"],
         ctx_size=tokens,
         threads=job["threads"],
         streaming=Streaming(**job["streaming"], trace=trace),

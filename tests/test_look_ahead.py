@@ -116,8 +116,8 @@ def open_model(cache: str, recall: float | None, path: Path | None = None) -> ed
     )
     if recall is not None:
         mixture = model._experts
-        worse = any_experts(mixture._ahead._guess, model.config.num_experts, recall)
-        mixture._ahead = LookAhead(worse, always=True)
+        worse = any_experts(mixture._early._ahead._guess, model.config.num_experts, recall)
+        mixture._early._ahead = LookAhead(worse, always=True)
     return model
 
 
@@ -144,8 +144,8 @@ def test_the_same_bits_whatever_is_read_ahead(cache: str, recall: float) -> None
         source = model._experts._source
         assert source._slots.resident_bytes <= source.budget_bytes
         if cache == "4M":
-            assert model._experts._ahead._all > 0
-        model._experts._complete_early()
+            assert model._experts._early._ahead._all > 0
+        model._experts._early.complete()
         assert not source._residency._leases and source._residency._held == 0
 
 

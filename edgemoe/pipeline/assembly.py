@@ -13,6 +13,7 @@ from ..store import Store
 from ..types import Streaming
 from .ahead import Guess, LookAhead
 from .bit_router import BitRouter, GateGains, MeanBits, OneLevel
+from .early import EarlyReads, in_turn
 from .streamed import StreamedMixture
 
 ORDERS: dict[str, Order] = {
@@ -67,6 +68,15 @@ def streamed_mixture(
     """
     policy = policy_named(streaming.policy, store)
     source = StreamedExperts(store, budget_bytes, policy, level, limit=limit, span=span)
+    first, experts = router.early_depth, store.config.num_experts
+    reads = EarlyReads(
+        source,
+        first,
+        None if guess is None else LookAhead(guess),
+        in_turn(source.layers, experts, range(first, level + 2))
+        if streaming.fill and streaming.overlap
+        else None,
+    )
     return StreamedMixture(
         pool,
         source,
@@ -74,7 +84,7 @@ def streamed_mixture(
         store.quant.expert_levels,
         ORDERS[streaming.order],
         overlap=streaming.overlap,
-        ahead=None if guess is None else LookAhead(guess),
+        early=reads,
         guard=guard,
         span=span,
     )

@@ -22,13 +22,13 @@ from ..hebf.loads import Order
 from ..hebf.order import hottest_first
 from ..loader.budget import format_size
 from ..loader.guard import Guard
-from ..loader.residency import Lease, Want
+from ..loader.residency import Want
 from ..loader.streaming import Span, StreamedExperts
 from ..types import F32, I32, Traffic
-from .ahead import LookAhead
 from .bit_router import BitRouter, Grant
 from .costs import Profile
 from .counts import DemandCounts
+from .early import EarlyReads
 from .step import Step, jobs_of, wants_of
 
 _LOOK_NS = 50_000_000
@@ -44,7 +44,7 @@ class StreamedMixture(Closing):
     Args:
         pool: what computes. source: where experts come from. router: which level each demand gets.
         bits: of each level. order: of a layer's reads. overlap: compute while reading.
-        ahead: what the next layer will want, or None: nothing is read before it is asked for.
+        early: what is read before it is asked for.
         guard: of the ceiling; asked between tokens. span: told what was done when.
     """
 
@@ -57,7 +57,7 @@ class StreamedMixture(Closing):
         order: Order,
         *,
         overlap: bool = True,
-        ahead: LookAhead | None = None,
+        early: EarlyReads | None = None,
         guard: Guard | None = None,
         span: Span | None = None,
     ) -> None:
@@ -74,8 +74,7 @@ class StreamedMixture(Closing):
         )
         self._profile = Profile()
         self._open: list[Step] = []
-        self._ahead = ahead
-        self._early: list[tuple[int, Lease]] = []  # what was read early, and for which layer
+        self._early = EarlyReads(source, 1) if early is None else early
         self._spare: list[F32] = []
         self._first = min(source.layers, default=0)
         self._wait_ns = 0
@@ -113,7 +112,7 @@ class StreamedMixture(Closing):
             if small and not step.missing and self._source.landed(layer, step.wants.items()):
                 return self._at_once(step, x, ids, weights, grant)
             self._begin(step, x, ids, weights, grant)
-            self._read_ahead(step, x)
+            self._early.look_ahead(layer, step.wants, x)
             return self._finish(step)
         except BaseException:
             self._recover()
@@ -126,7 +125,7 @@ class StreamedMixture(Closing):
             self._watch(layer)
             step, grant = self._asked(layer, x, ids, weights)
             self._begin(step, x, ids, weights, grant)
-            self._tidy_early()
+            self._early.tidy()
             return step
         except BaseException:
             self._recover()
@@ -143,9 +142,7 @@ class StreamedMixture(Closing):
     def _recover(self) -> None:
         """Whatever ended a step, the next may begin as if it had never been."""
         self._open.clear()
-        self._early.clear()
-        if self._ahead is not None:
-            self._ahead.forget()
+        self._early.forget()
         self._source.recover()
 
     def _asked(self, layer: int, x: F32, ids: I32, weights: F32) -> tuple[Step, Grant]:
@@ -171,11 +168,10 @@ class StreamedMixture(Closing):
         now = time.monotonic_ns()
         if now < self._look_ns:
             return
-        if self._ahead is not None:
-            read_s = self._source.reading()[1]
-            seconds = max(now - self._look_ns + _LOOK_NS, 1) / 1e9
-            self._ahead.busy = min((read_s - self._read_s) / seconds, 1.0)
-            self._read_s = read_s
+        read_s = self._source.reading()[1]
+        seconds = max(now - self._look_ns + _LOOK_NS, 1) / 1e9
+        self._early.busy(min((read_s - self._read_s) / seconds, 1.0))
+        self._read_s = read_s
         self._look_ns = now + _LOOK_NS
         if self._guard is not None:
             excess = self._guard.excess(self._source.unfilled_bytes)
@@ -185,7 +181,8 @@ class StreamedMixture(Closing):
     def _at_once(self, step: Step, x: F32, ids: I32, weights: F32, grant: Grant) -> F32:
         """All is there, and nothing can go away meanwhile: no step is open."""
         self._counts.add(step.layer, ids, weights, grant)
-        kept = self._read_ahead(step, x, step.wanted(list(step.wants)))
+        self._early.fill()
+        kept = self._early.look_ahead(step.layer, step.wants, x, step.wanted(list(step.wants)))
         begun = time.monotonic_ns()
         out = self._mixtures[step.layer](self._pool, x, ids, grant.levels, weights)
         ended = self._note("experts", begun, step.layer, jobs=len(step.counts))
@@ -193,47 +190,6 @@ class StreamedMixture(Closing):
         if kept is not None:
             self._source.release(kept)
         return out
-
-    def _read_ahead(self, step: Step, x: F32, keep: Sequence[Want] = ()) -> Lease | None:
-        """Begin to read what the next layer will probably want; a lease on `keep` if that could
-        make the layer at hand lose it."""
-        ahead, source, depth = self._ahead, self._source, self._router.early_depth
-        if ahead is None:
-            return None
-        self._tidy_early()
-        ahead.learn(step.layer, step.wants)
-        guess = ahead.missing(step.layer, x, source.claimed, depth)
-        if guess is None:
-            return None
-        following, experts = guess
-        wants = [Want(e, depth) for e in experts]
-        # Half of the cache is left to what is known to be wanted.
-        if not source.fits(step.layer, [*step.wants.items(), *wants], 2):
-            return None
-        kept = source.claim(step.layer, keep) if keep else None
-        if keep and kept is None:
-            return None
-        lease = source.claim(following, wants, early=True)
-        if lease is not None:
-            self._early.append((following, lease))
-        return kept
-
-    def _tidy_early(self) -> None:
-        """Release what was read early for a step that has come by now, and has landed."""
-        early, self._early = self._early, []
-        for layer, lease in early:
-            if self._source.landed(layer, lease.wants):
-                self._source.release(lease)
-            else:
-                self._early.append((layer, lease))
-
-    def _complete_early(self) -> None:
-        """Let all go that was read early, as soon as it has landed."""
-        while self._source.collect() is not None:
-            pass
-        for _, lease in self._early:
-            self._source.release(lease)
-        self._early.clear()
 
     def _begin(self, step: Step, x: F32, ids: I32, weights: F32, grant: Grant) -> None:
         layer, missing = step.layer, set(step.missing)
@@ -261,6 +217,7 @@ class StreamedMixture(Closing):
         self._note("experts", begun, step.layer)
         self._open.remove(step)
         self._spare.append(step.pair_out)
+        self._early.fill()
         return out
 
     def _complete(self, step: Step) -> None:
@@ -323,7 +280,7 @@ class StreamedMixture(Closing):
         """What was read early, or other steps, hold what room there is: let it go, or compute them
         first."""
         if self._early:
-            self._complete_early()
+            self._early.complete()
             return
         others = [other for other in self._open if other is not step and other.todo]
         if not others:

@@ -50,6 +50,7 @@ class RunOptions:
     as_json: bool = False
     logits_hash: bool = False
     look_ahead: bool = True
+    fill: bool = True
     trace: str | None = None
 
 
@@ -104,6 +105,7 @@ def load_model(opened: OpenedModel, options: RunOptions, ctx_size: int) -> Model
             exact=options.exact,
             streaming=Streaming(
                 look_ahead=options.look_ahead,
+                fill=options.fill,
                 trace=None if options.trace is None else Path(options.trace),
             ),
             progress=progress if shows else None,
