@@ -204,9 +204,8 @@ class Streaming:
 
     policy: one of POLICIES. order: one of ORDERS. overlap: compute while reading; False: read what
     a layer needs, then compute it. look_ahead: read what the next layer will probably want, while
-    such guesses prove right (pipeline/ahead.py). fill: read experts that nobody has asked for into
-    memory that nothing has taken yet, while the disk is idle (pipeline/early.py). trace: a Chrome
-    trace of the run to be written (pipeline/timeline.py), or None; also where all experts fit.
+    such guesses prove right (pipeline/ahead.py). trace: a Chrome trace of the run to be written
+    (pipeline/timeline.py), or None; also where all experts fit.
 
     Raises:
         UsageError: an unknown policy or order.
@@ -216,7 +215,6 @@ class Streaming:
     order: str = "shortest"
     overlap: bool = True
     look_ahead: bool = True
-    fill: bool = True
     trace: Path | None = None
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from edgemoe.model import Span, drive, layers
 from edgemoe.pipeline.ahead import Guess, LookAhead, NextRouter, Routing
 from edgemoe.pipeline.serial import SerialExperts
 from edgemoe.pipeline.streamed import StreamedMixture
-from edgemoe.types import F32, I32, Streaming
+from edgemoe.types import F32, I32
 
 WINDOW, TEXT_CHARS = 256, 50_000
 
@@ -79,13 +79,7 @@ def named(args: argparse.Namespace) -> list[float]:
 
 def run(args: argparse.Namespace, way: str) -> dict[str, Any]:
     """Tokens of one run; the rate leaves out those that fill the cache."""
-    with edgemoe.load(
-        args.store,
-        mem=args.mem,
-        bits=args.bits,
-        ctx_size=args.tokens + 1,
-        streaming=Streaming(fill=False),
-    ) as model:
+    with edgemoe.load(args.store, mem=args.mem, bits=args.bits, ctx_size=args.tokens + 1) as model:
         mixture = model._experts
         if not isinstance(mixture, StreamedMixture) or mixture._early._ahead is None:
             raise SystemExit(f"{args.store}: all experts fit in {args.mem}; give less")

@@ -177,7 +177,6 @@ class Bench:
             *self._levels(), "--mem", cap, "-n", str(self.args.tokens),
             "-t", str(self.args.threads), "--json", *more,
             *(() if self.args.look_ahead else ("--no-look-ahead",)),
-            *(() if self.args.fill else ("--no-fill",)),
         ])  # fmt: skip
         if said["prompt_tokens"] != 1 or said["generated_tokens"] != self.args.tokens:
             raise EdgeMoEError("the model does not go on from one token ('!') to the end: see -n")
@@ -195,7 +194,7 @@ class Bench:
         job = {"prefill": False, "batch": 1, "tokens": self.args.tokens, "streaming": {}} | job
         job |= {"store": self.args.store, "mem": cap or "auto", "steps": self._steps}
         # What a step misses is told by its reads: none may begin before it.
-        job["streaming"] = {"look_ahead": False, "fill": False, **job["streaming"]}
+        job["streaming"] = {"look_ahead": False, **job["streaming"]}
         levels: dict[str, Any] = {"bits": LEVEL, "exact": True}
         if self.args.mean_bits is not None:
             levels = {"mean_bits": self.args.mean_bits, "read_price": self.args.read_price}
@@ -264,7 +263,6 @@ def alone(bench: Bench) -> dict[str, Any]:
                 "--trace",
                 path,
                 "--no-look-ahead",  # as in `feed`
-                "--no-fill",
             )
         )
         texts.append(said["text"])
@@ -320,7 +318,7 @@ def serial(bench: Bench) -> dict[str, Any]:
             _, passes = bench.traced(lambda path, a=cap, j=job: bench.feed(a, trace=path, **j))
             missed[cap, kind] = passes.missed
             for name, overlap in (("overlapped", True), ("serial", False)):
-                how = {"overlap": overlap, "fill": bench.args.fill}
+                how = {"overlap": overlap}
                 work[cap, kind, name] = partial(bench.feed, cap, streaming=how, **job)
     rounds = bench.in_turn(work)
     out: dict[str, Any] = {"caps": {cap: {} for cap in bench.args.cap}}
@@ -395,12 +393,6 @@ def options() -> argparse.Namespace:
         action="store_true",
         help="in what is timed alone; a scripted router (--routes) makes every guess right, which "
         "real ones are not",
-    )
-    p.add_argument(
-        "--no-fill",
-        dest="fill",
-        action="store_false",
-        help="while the disk is idle, too, nothing is read that was not asked for",
     )
     p.add_argument("--mean-bits", type=float, help="of experts, instead of 4 for all")
     p.add_argument("--read-price", type=float, help="with --mean-bits, as `edgemoe run` has it")

@@ -112,11 +112,6 @@ class Residency:
         """Bytes of all claimed segments; at most the budget."""
         return self._used
 
-    @property
-    def loading(self) -> bool:
-        """Whether a segment is on its way."""
-        return bool(self._flying)
-
     def prefix(self, layer: int) -> list[int]:
         """Bytes of the first 0, 1 .. segments of one of the layer's experts."""
         return self._prefix[layer]

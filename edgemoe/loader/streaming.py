@@ -124,16 +124,6 @@ class StreamedExperts(Closing):
         prefix = self._residency.prefix(self._ordinal[layer])
         return times * sum(prefix[depth] for _, depth in wants) <= self._residency.budget
 
-    @property
-    def reads_under_way(self) -> bool:
-        """Whether anything that was asked for has not yet been collected."""
-        return self._residency.loading
-
-    def has_room(self, layer: int, want: Want) -> bool:
-        """Whether this and twice as much again could be claimed with nothing evicted."""
-        prefix = self._residency.prefix(self._ordinal[layer])
-        return self._residency.used_bytes + 3 * prefix[want.depth] <= self._residency.budget
-
     def claimed(self, layer: int) -> list[int]:
         """Segments of each expert that are there or on their way."""
         return self._residency.claimed(self._ordinal[layer])

@@ -13,7 +13,7 @@ from ..store import Store
 from ..types import Streaming
 from .ahead import Guess, LookAhead
 from .bit_router import BitRouter, GateGains, MeanBits, OneLevel
-from .early import EarlyReads, in_turn
+from .early import EarlyReads
 from .streamed import StreamedMixture
 
 ORDERS: dict[str, Order] = {
@@ -68,15 +68,7 @@ def streamed_mixture(
     """
     policy = policy_named(streaming.policy, store)
     source = StreamedExperts(store, budget_bytes, policy, level, limit=limit, span=span)
-    first, experts = router.early_depth, store.config.num_experts
-    reads = EarlyReads(
-        source,
-        first,
-        None if guess is None else LookAhead(guess),
-        in_turn(source.layers, experts, range(first, level + 2))
-        if streaming.fill and streaming.overlap
-        else None,
-    )
+    ahead = None if guess is None else LookAhead(guess)
     return StreamedMixture(
         pool,
         source,
@@ -84,7 +76,7 @@ def streamed_mixture(
         store.quant.expert_levels,
         ORDERS[streaming.order],
         overlap=streaming.overlap,
-        early=reads,
+        early=EarlyReads(source, router.early_depth, ahead),
         guard=guard,
         span=span,
     )

@@ -1,27 +1,13 @@
-"""What is read before it is asked for: guesses at the next layer, and what there is room for."""
+"""What is read before it is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ..loader.residency import Lease, Want
 from ..loader.streaming import StreamedExperts
 from ..types import F32
 from .ahead import LookAhead
-
-BUSY = 0.8
-"""Share of the time in which the disk may read, at most, for more to be read into free memory."""
-
-Fill = Iterator[tuple[int, Want]]
-"""Layers and what of them to read into memory that nothing has taken yet, best first."""
-
-
-def in_turn(layers: Sequence[int], experts: int, depths: Sequence[int]) -> Fill:
-    """All experts so many segments deep, one of each layer in turn, then all deeper."""
-    for depth in depths:
-        for expert in range(experts):
-            for layer in layers:
-                yield layer, Want(expert, depth)
 
 
 class EarlyReads:
@@ -29,8 +15,7 @@ class EarlyReads:
 
     Args:
         source: where experts come from. depth: segments of an expert that a guess reads.
-        ahead: what the next layer will want, or None. fill: what to read into free memory while the
-        disk is idle, or None.
+        ahead: what the next layer will want, or None: nothing is read early.
     """
 
     def __init__(
@@ -38,12 +23,10 @@ class EarlyReads:
         source: StreamedExperts,
         depth: int,
         ahead: LookAhead | None = None,
-        fill: Fill | None = None,
     ) -> None:
         self._source, self._depth = source, depth
-        self._ahead, self._fill = ahead, fill
+        self._ahead = ahead
         self._leases: list[tuple[int, Lease]] = []  # for which layer
-        self._busy = 0.0
 
     def __bool__(self) -> bool:
         """Whether leases are held."""
@@ -51,7 +34,6 @@ class EarlyReads:
 
     def busy(self, share: float) -> None:
         """Of the time the disk lately read in this share."""
-        self._busy = share
         if self._ahead is not None:
             self._ahead.busy = share
 
@@ -81,25 +63,6 @@ class EarlyReads:
             return None
         self._claim(following, likely)
         return kept
-
-    def fill(self) -> None:
-        """Begin to read something into free memory, if the disk has nothing else to do."""
-        if self._fill is None:
-            return
-        source = self._source
-        while source.collect(wait=False):
-            pass
-        self.tidy()
-        if source.reads_under_way or self._busy > BUSY:
-            return
-        for layer, want in self._fill:
-            if source.claimed(layer)[want.expert] >= want.depth:
-                continue
-            if source.has_room(layer, want):
-                self._claim(layer, [want])
-                return
-            break
-        self._fill = None  # full; from here on what comes in takes the place of something else
 
     def _claim(self, layer: int, wants: Sequence[Want]) -> None:
         lease = self._source.claim(layer, wants, early=True)

@@ -181,7 +181,6 @@ class StreamedMixture(Closing):
     def _at_once(self, step: Step, x: F32, ids: I32, weights: F32, grant: Grant) -> F32:
         """All is there, and nothing can go away meanwhile: no step is open."""
         self._counts.add(step.layer, ids, weights, grant)
-        self._early.fill()
         kept = self._early.look_ahead(step.layer, step.wants, x, step.wanted(list(step.wants)))
         begun = time.monotonic_ns()
         out = self._mixtures[step.layer](self._pool, x, ids, grant.levels, weights)
@@ -217,7 +216,6 @@ class StreamedMixture(Closing):
         self._note("experts", begun, step.layer)
         self._open.remove(step)
         self._spare.append(step.pair_out)
-        self._early.fill()
         return out
 
     def _complete(self, step: Step) -> None:

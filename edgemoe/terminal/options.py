@@ -71,25 +71,13 @@ def rate(ctx: click.Context, param: click.Parameter, value: str | None) -> float
     return None if megabytes is None else megabytes * 1e6
 
 
-def early(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of what is read before it is asked for."""
-    options = [
-        click.option(
-            "--look-ahead/--no-look-ahead",
-            default=True,
-            show_default=True,
-            help="Where experts are streamed: read what the next layer will probably want, while "
-            "such guesses prove right.",
-        ),
-        click.option(
-            "--fill/--no-fill",
-            default=True,
-            show_default=True,
-            help="Where experts are streamed: read some that nobody has asked for into memory that "
-            "nothing has taken yet, while the disk is idle.",
-        ),
-    ]
-    return _with(options, command)
+look_ahead = click.option(
+    "--look-ahead/--no-look-ahead",
+    default=True,
+    show_default=True,
+    help="Where experts are streamed: read what the next layer will probably want, while such "
+    "guesses prove right.",
+)
 
 
 def loading(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -50,7 +50,6 @@ class RunOptions:
     as_json: bool = False
     logits_hash: bool = False
     look_ahead: bool = True
-    fill: bool = True
     trace: str | None = None
 
 
@@ -105,7 +104,6 @@ def load_model(opened: OpenedModel, options: RunOptions, ctx_size: int) -> Model
             exact=options.exact,
             streaming=Streaming(
                 look_ahead=options.look_ahead,
-                fill=options.fill,
                 trace=None if options.trace is None else Path(options.trace),
             ),
             progress=progress if shows else None,
