@@ -19,7 +19,7 @@ from . import __version__
 from .cpus import BLAS_THREADS
 from .errors import EdgeMoEError
 from .terminal.bench import bench
-from .terminal.options import LEVEL, level, loading, look_ahead, number, sampling
+from .terminal.options import LEVEL, early, level, loading, number, sampling
 
 
 @click.group(
@@ -91,7 +91,7 @@ Examples:
     is_flag=True,
     help="Print a hash of all logits; equal over threads and batches.",
 )
-@look_ahead
+@early
 @click.option(
     "--trace",
     metavar="FILE",

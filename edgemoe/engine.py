@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from . import kernels
-from .chat import ChatTemplate
 from .closing import Closing
 from .cpu_attn.kv_cache import KVCache
-from .errors import CheckpointError, StoreError, UsageError, shown
+from .errors import UsageError, shown
 from .generation import Generation
 from .kv_layout import KV_TYPES
 from .loader import budget as memory
@@ -25,91 +21,22 @@ from .loader.arena import Arena
 from .loader.guard import Guard
 from .loader.resident import Progress, ResidentExperts
 from .model import Span, Weights, drive, halves, layers, logits
+from .opened import OpenedModel, open_model
 from .perfmodel import fit
 from .pipeline.ahead import NextRouter, Routing
 from .pipeline.assembly import bit_router, streamed_mixture
 from .pipeline.drive import alternate, traced
+from .pipeline.mean_bits import check_mean
 from .pipeline.serial import SerialExperts
 from .pipeline.streamed import StreamedMixture
 from .pipeline.timeline import Timeline
 from .planning import plan
-from .sampling import SamplingParams, from_generation_config
-from .store import Store
-from .tokenizer import Tokenizer
-from .types import F32, I64, READ_PRICE, ModelConfig, RunPlan, Stats, Streaming, Traffic, Usage
+from .sampling import SamplingParams
+from .types import F32, I64, READ_PRICE, RunPlan, Stats, Streaming, Traffic, Usage
 from .weights import from_store
 
 DEFAULT_CTX = 4096
 DEFAULT_STREAMING = Streaming()
-
-
-@dataclass(frozen=True)
-class OpenedModel:
-    """A store with its text side ready: tokenizer, chat template and sampling defaults."""
-
-    path: Path
-    store: Store
-    config: ModelConfig
-    tokenizer: Tokenizer
-    chat_template: ChatTemplate | None
-    generation_defaults: SamplingParams
-
-    def close(self) -> None:
-        """Close the store's file."""
-        self.store.close()
-
-
-def bundled_path() -> Path:
-    """The store that ships with the package."""
-    return Path(str(resources.files("edgemoe") / "data" / "default.emoe"))
-
-
-def open_model(path: str | os.PathLike[str] | None = None) -> OpenedModel:
-    """Open a store (None: the bundled one) without reading its weights.
-
-    Raises:
-        StoreError: missing, damaged, or without a tokenizer.
-        CheckpointError: its tokenizer, template or generation settings cannot be used.
-    """
-    where = bundled_path() if path is None else Path(path)
-    store = Store.open(where)
-    try:
-        if "tokenizer.json" not in store.sections:
-            raise StoreError(f"{where}: the store has no tokenizer; convert its checkpoint again")
-        tokenizer_config = _json_section(store, "tokenizer_config.json")
-        generation_config = _json_section(store, "generation_config.json")
-        template = "chat_template.jinja"
-        config = store.config
-        return OpenedModel(
-            where,
-            store,
-            config,
-            Tokenizer(
-                store.section("tokenizer.json"),
-                config=tokenizer_config,
-                bos_token_id=config.bos_token_id,
-                eos_token_ids=config.eos_token_ids,
-            ),
-            ChatTemplate.from_files(
-                store.section(template) if template in store.sections else None, tokenizer_config
-            ),
-            from_generation_config(generation_config or {}),
-        )
-    except BaseException:
-        store.close()
-        raise
-
-
-def _json_section(store: Store, name: str) -> dict[str, Any] | None:
-    if name not in store.sections:
-        return None
-    try:
-        value = json.loads(store.section(name))
-    except (ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{store.path}: section {name} is not JSON: {exc}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{store.path}: section {name} is not a JSON object")
-    return value
 
 
 def load(
@@ -118,6 +45,7 @@ def load(
     mem: str | int | None = "auto",
     bits: int | None = None,
     mean_bits: float | None = None,
+    prefill_mean_bits: float | None = None,
     read_price: float | None = None,
     dense_bits: int | None = None,
     ctx_size: int | None = None,
@@ -141,6 +69,8 @@ def load(
             highest at which all fit, or, where there is none, 4 at most, streamed.
         mean_bits: instead of one level for all, each token gets each of its experts at as many bits
             as it gains from, this many on average.
+        prefill_mean_bits: with mean_bits, the average for the tokens of a prompt; what fewer bits
+            leave in the KV cache is part of what all later tokens see.
         read_price: with mean_bits, how many times as much a bit has to gain that is not in memory
             as one that is, 8 unless given; 1: memory does not matter.
         dense_bits: level of all other matrices; None: 8 with bits=8, else 6.
@@ -193,14 +123,12 @@ def load(
         if mean_bits is not None:
             if bits is not None or exact:
                 raise UsageError("mean_bits lets levels differ: leave out bits and exact")
-            low, high = quant.expert_levels[0], quant.max_level
-            if not low <= mean_bits <= high:
-                raise UsageError(
-                    f"mean_bits must be from {low} to {high}, the bits that experts of "
-                    f"{shown(opened.store.path)} have, not {mean_bits:g}"
-                )
-        if read_price is not None and mean_bits is None:
-            raise UsageError("read_price weighs the bits of mean_bits: give that too")
+            check_mean(mean_bits, quant.expert_levels)
+        for name, number in (("read_price", read_price), ("prefill_mean_bits", prefill_mean_bits)):
+            if number is not None and mean_bits is None:
+                raise UsageError(f"{name} goes with mean_bits: give that too")
+        if prefill_mean_bits is not None:
+            check_mean(prefill_mean_bits, quant.expert_levels, "prefill_mean_bits")
         price = READ_PRICE if read_price is None else read_price
         if not 1 <= price < float("inf"):
             raise UsageError(f"read_price must be 1 or more, not {price:g}")
@@ -215,7 +143,7 @@ def load(
             sequences=sequences,
             reserve=reserve,
         )
-        return Model(opened, chosen, progress, streaming, io_limit or 0.0, price)
+        return Model(opened, chosen, progress, streaming, io_limit or 0.0, price, prefill_mean_bits)
     except BaseException:
         opened.close()
         raise
@@ -259,12 +187,14 @@ class Model(Closing):
         streaming: Streaming = DEFAULT_STREAMING,
         io_limit: float = 0.0,
         read_price: float = READ_PRICE,
+        prefill_mean_bits: float | None = None,
     ) -> None:
         self.config, self.tokenizer = opened.config, opened.tokenizer
         self.chat_template = opened.chat_template
         self.generation_defaults = opened.generation_defaults
         self.store_path, self.plan = opened.path, plan
         self._opened = opened
+        self._prefill_mean_bits = prefill_mean_bits
         self._timeline = None if streaming.trace is None else Timeline(streaming.trace)
         self._weights: Weights | None = None
         self._experts: SerialExperts | StreamedMixture | None = None
@@ -308,6 +238,8 @@ class Model(Closing):
                 io_limit,
                 span,
             )
+            if streaming.preload:
+                self._experts.preload(progress)
         else:
             resident = ResidentExperts(store, arena, level, progress)
             self._experts = SerialExperts(self._pool, resident, router, span)
@@ -344,20 +276,46 @@ class Model(Closing):
         experts = self._experts
         halved = isinstance(experts, StreamedMixture) and experts.overlap and len(spans) > 1
         batches = halves(ids, spans) if halved else [(ids, spans)]
+        means = [self._means(part) for _, part in batches]
         parts = [layers(self._weights, self._pool, *batch) for batch in batches]
         if self._timeline is not None:
             parts = [traced(part, self._timeline.add) for part in parts]
         if isinstance(experts, StreamedMixture) and halved:
-            return np.concatenate(alternate(parts, experts))
-        return drive(parts[0], experts)
+            return np.concatenate(alternate(parts, experts, means))
+        return drive(parts[0], partial(experts, means=means[0]))
 
-    def step(self, tokens: Sequence[int], caches: Sequence[KVCache]) -> F32:
+    def _means(self, spans: Sequence[Span]) -> list[float] | None:
+        """Bits that the experts of each row are to have on average; None: all the same."""
+        usual = self.plan.mean_bits
+        if usual is None:
+            if any(span.mean_bits is not None for span in spans):
+                raise UsageError("mean_bits of one sequence: load the model with mean_bits")
+            return None
+        of_prompts = self._prefill_mean_bits
+        out: list[float] = []
+        for span in spans:
+            mean = span.mean_bits
+            if mean is None:
+                mean = usual if span.count == 1 or of_prompts is None else of_prompts
+            elif mean != usual:
+                check_mean(mean, self._opened.store.quant.expert_levels)
+            out += [round(mean, 2)] * span.count
+        return out
+
+    def step(
+        self,
+        tokens: Sequence[int],
+        caches: Sequence[KVCache],
+        mean_bits: Sequence[float | None] | None = None,
+    ) -> F32:
         """One more token of each of some sequences: logits float32 [len(tokens), vocab].
 
-        tokens: the next of each sequence, whose cache it goes to. Where experts are streamed two
+        tokens: the next of each sequence, whose cache it goes to. mean_bits: of each, None: what
+        the model was loaded with; all of them share what is read. Where experts are streamed two
         halves of the batch alternate: one's attention runs while the other's experts are read.
         """
-        spans = [Span(cache, 1) for cache in caches]
+        wanted = [None] * len(caches) if mean_bits is None else mean_bits
+        spans = [Span(cache, 1, mean) for cache, mean in zip(caches, wanted, strict=True)]
         return self.forward(tokens, spans, range(len(tokens)))
 
     def logits(self, x: F32) -> F32:
@@ -379,6 +337,7 @@ class Model(Closing):
         stop: Sequence[str] = (),
         logits_hash: bool = False,
         add_special: bool = True,
+        mean_bits: float | None = None,
     ) -> Generation:
         """Continue a prompt; iterate over the result for text pieces.
 
@@ -390,6 +349,8 @@ class Model(Closing):
             logits_hash: hash all logits that were sampled from (Generation.logits_hash).
             add_special: add the tokenizer's special tokens to a text prompt; False for the text
                 of a chat template, which has its own.
+            mean_bits: of this generation's experts on average, where the model was loaded with
+                mean_bits; None: what it was loaded with.
 
         Raises:
             UsageError: an empty prompt, one longer than the context, ids outside the vocabulary, a
@@ -415,9 +376,11 @@ class Model(Closing):
                 "it or give a larger --ctx-size (this model's limit: "
                 f"{self.config.max_position_embeddings})"
             )
+        if mean_bits is not None:
+            self._means([Span(self.new_cache(), 1, mean_bits)])
         self._busy = True
         return Generation(
-            _Sequence(self),
+            _Sequence(self, mean_bits),
             self.tokenizer,
             ids,
             max_tokens=max_tokens,
@@ -452,8 +415,8 @@ class Model(Closing):
 class _Sequence:
     """One sequence of a model: its cache, fed in chunks."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    def __init__(self, model: Model, mean_bits: float | None) -> None:
+        self._model, self._mean_bits = model, mean_bits
         self._cache = model.new_cache()
 
     @property
@@ -464,11 +427,13 @@ class _Sequence:
         logits = np.empty(0, np.float32)
         for chunk in _chunks(tokens, self._model.plan.prefill_chunk):
             last = [len(chunk) - 1]
-            logits = self._model.forward(chunk, [Span(self._cache, len(chunk))], last)[0]
+            span = Span(self._cache, len(chunk), self._mean_bits)
+            logits = self._model.forward(chunk, [span], last)[0]
         return logits
 
     def step(self, token: int) -> F32:
-        out: F32 = self._model.forward([token], [Span(self._cache, 1)], [0])[0]
+        span = Span(self._cache, 1, self._mean_bits)
+        out: F32 = self._model.forward([token], [span], [0])[0]
         return out
 
 

@@ -69,10 +69,15 @@ class Weights:
 
 @dataclass(frozen=True)
 class Span:
-    """The next `count` rows of a batch: tokens that continue the sequence of `cache`."""
+    """The next `count` rows of a batch: tokens that continue the sequence of `cache`.
+
+    mean_bits: that their experts are to have on average, for who chooses levels by token; None: as
+    usual.
+    """
 
     cache: AttentionState
     count: int
+    mean_bits: float | None = None
 
 
 def forward(

@@ -204,7 +204,8 @@ class Streaming:
 
     policy: one of POLICIES. order: one of ORDERS. overlap: compute while reading; False: read what
     a layer needs, then compute it. look_ahead: read what the next layer will probably want, while
-    such guesses prove right (pipeline/ahead.py). trace: a Chrome trace of the run to be written
+    such guesses prove right (pipeline/ahead.py). preload: fill memory with experts before anything
+    is asked for (of levels that differ, the lowest). trace: a Chrome trace of the run to be written
     (pipeline/timeline.py), or None; also where all experts fit.
 
     Raises:
@@ -215,6 +216,7 @@ class Streaming:
     order: str = "shortest"
     overlap: bool = True
     look_ahead: bool = True
+    preload: bool = False
     trace: Path | None = None
 
     def __post_init__(self) -> None:

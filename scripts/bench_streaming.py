@@ -177,6 +177,7 @@ class Bench:
             *self._levels(), "--mem", cap, "-n", str(self.args.tokens),
             "-t", str(self.args.threads), "--json", *more,
             *(() if self.args.look_ahead else ("--no-look-ahead",)),
+            *(("--preload",) if self.args.preload else ()),
         ])  # fmt: skip
         if said["prompt_tokens"] != 1 or said["generated_tokens"] != self.args.tokens:
             raise EdgeMoEError("the model does not go on from one token ('!') to the end: see -n")
@@ -393,6 +394,9 @@ def options() -> argparse.Namespace:
         action="store_true",
         help="in what is timed alone; a scripted router (--routes) makes every guess right, which "
         "real ones are not",
+    )
+    p.add_argument(
+        "--preload", action="store_true", help="in what is timed alone; not part of its time"
     )
     p.add_argument("--mean-bits", type=float, help="of experts, instead of 4 for all")
     p.add_argument("--read-price", type=float, help="with --mean-bits, as `edgemoe run` has it")

@@ -28,9 +28,9 @@ from typing import Any
 
 import psutil
 
-from edgemoe.engine import open_model
 from edgemoe.errors import EdgeMoEError, UsageError
 from edgemoe.loader.budget import parse_size, status_bytes
+from edgemoe.opened import open_model
 
 MIB = 1 << 20
 CAPS = "1000M,1500M,2200M,3000M,5000M"

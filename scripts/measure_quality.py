@@ -5,6 +5,7 @@
     C=../shared/corpus/train_simple.txt
     scripts/measure_quality.py llamacpp $M --bin llama/bin --calibration $C --text $T --work q
     scripts/measure_quality.py levels $M --calibration $C --text $T --work q
+    scripts/measure_quality.py means $M --calibration $C --text $T --work q
     scripts/measure_quality.py verdict q/levels.json q/llamacpp.json --plot quality.svg
     scripts/measure_quality.py nested $M --calibration $C --text $T --work q
     scripts/measure_quality.py ratio a.npz b.npz
@@ -26,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quality import baseline, levels, llamacpp, plot, ratio, tables, verdict
+from quality import baseline, levels, llamacpp, means, plot, ratio, tables, verdict
 from quality.d2moe import DAMP
 from quality.scored_text import ScoredText, prepare
 from quality.stores import CalibrationText, converted
@@ -58,6 +59,11 @@ def parser() -> argparse.ArgumentParser:
     _calibration(add, "to convert with; nearest codes if not given", required=False)
     _store(add)
     add("--levels", type=_levels, default=(), metavar="2,3", help="all the store has if not given")
+
+    add = _measuring(commands, "means", run_means, "levels that differ, beside one for all")
+    _calibration(add, "to convert with; nearest codes if not given", required=False)
+    _store(add)
+    add("--means", type=_means, default=(2.5, 3.0, 3.5), metavar="2.5,3", help="2.5,3,3.5")
 
     add = _command(commands, "verdict", run_verdict, "our levels against llama.cpp's types")
     add("levels", type=Path, metavar="LEVELS.json", help="what `levels` made")
@@ -124,6 +130,13 @@ def _levels(text: str) -> tuple[int, ...]:
     return out
 
 
+def _means(text: str) -> tuple[float, ...]:
+    out = tuple(sorted({float(word) for word in text.split(",")}))
+    if not all(2 <= mean <= 8 for mean in out):
+        raise argparse.ArgumentTypeError(f"means are from 2 to 8 bits, not {text}")
+    return out
+
+
 def opened(args: argparse.Namespace) -> tuple[Checkpoint, Work, ScoredText]:
     """The model, the work directory and the text of a measuring command."""
     checkpoint, work = open_checkpoint(args.checkpoint), Work(args.work)
@@ -154,6 +167,16 @@ def run_levels(args: argparse.Namespace) -> Result:
     found = levels.measure(checkpoint, store, text, work, args.levels)
     print(tables.losses(found, "level"))
     return finished(work, "levels", text, {"store": str(store), "levels": found})
+
+
+def run_means(args: argparse.Namespace) -> Result:
+    checkpoint, work, text = opened(args)
+    store = args.store or converted(checkpoint, work, calibration(args))
+    found = means.measure(checkpoint, store, text, work, args.means)
+    print(tables.losses(found["levels"], "level"))
+    print(tables.means(found["means"]))
+    print(tables.by_gate(found["means"], found["bits"]))
+    return finished(work, "means", text, {"store": str(store), **found})
 
 
 def run_verdict(args: argparse.Namespace) -> Result:

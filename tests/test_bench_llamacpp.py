@@ -23,9 +23,9 @@ from cli_model import CONFIG, fails, make_store, run, start
 from edgemoe.bench import bench
 from edgemoe.bench.llamacpp import PYTHON, LlamaCpp
 from edgemoe.bench.tokens import token_stream
-from edgemoe.engine import bundled_path
 from edgemoe.errors import EdgeMoEError, UsageError
 from edgemoe.export import export
+from edgemoe.opened import bundled_path
 
 HERE = Path(__file__).resolve().parent
 VOCAB = CONFIG["vocab_size"]

@@ -11,16 +11,18 @@ import pytest
 from tiny import make_tiny
 
 import edgemoe
-from edgemoe.engine import bundled_path
 from edgemoe.errors import UsageError
 from edgemoe.evaluate import log_softmax
 from edgemoe.model import Span
 from edgemoe.mwq import sensitivity
+from edgemoe.opened import bundled_path
 from edgemoe.pipeline.aim import Aim
-from edgemoe.pipeline.bit_router import ExpertLevels, GateGains, MeanBits, OneLevel, slopes
+from edgemoe.pipeline.bit_router import ExpertLevels, GateGains, OneLevel, slopes
+from edgemoe.pipeline.mean_bits import MeanBits
 from edgemoe.store import Store
 from edgemoe.types import F32, I32, LEVELS, Streaming
 
+GREEDY = edgemoe.SamplingParams()
 LAYERS, EXPERTS, TOP_K = (1, 2, 4), 12, 3
 PER_TOKEN = len(LAYERS) * TOP_K
 
@@ -286,3 +288,82 @@ def test_the_bundled_store_tells_sensitivities() -> None:
     with Store.open(bundled_path()) as store:
         loss = sensitivity.of_store(store)
         assert loss is not None and (loss > 0).all()
+
+
+def test_sequences_of_a_batch_have_means_of_their_own(store: Path) -> None:
+    """Each as if it were alone in what it is given, whatever else is in the batch."""
+    rng = np.random.default_rng(10)
+    wanted = [2.2, 5.5, None]
+    for cache in (None, "150K"):
+        with edgemoe.load(
+            store, mean_bits=3.5, read_price=1, ctx_size=256, cache=cache, sequences=3
+        ) as model:
+            caches = [model.new_cache() for _ in wanted]
+            for _ in range(250):
+                model.step(rng.integers(0, 50, 3).tolist(), caches, wanted)
+            router = model._experts._router  # type: ignore[union-attr]
+            assert sorted(router._targets) == [2.2, 3.5, 5.5]
+            for mean, target in router._targets.items():
+                owed = target.aim._owed / (250 * router._demands_per_token)
+                assert abs(owed) < 0.05, mean
+            traffic = model.usage().traffic
+            assert traffic.mean_bits == pytest.approx((2.2 + 3.5 + 5.5) / 3, abs=0.05)
+
+
+def test_prompts_may_have_another_mean(store: Path) -> None:
+    settings: dict[str, Any] = {"mean_bits": 3, "ctx_size": 256, "threads": 2}
+    prompt = np.random.default_rng(11).integers(0, 50, 150).tolist()
+    with edgemoe.load(store, prefill_mean_bits=6, **settings) as model:
+        cache = model.new_cache()
+        model.forward(prompt, [Span(cache, 150)], [149])
+        before = model.usage().traffic
+        assert before.mean_bits == pytest.approx(6, abs=0.1)
+        for token in prompt[:100]:
+            model.step([token], [cache])
+        assert (model.usage().traffic - before).mean_bits == pytest.approx(3, abs=0.1)
+
+
+def test_a_generation_may_have_another_mean() -> None:
+    with edgemoe.load(mean_bits=3, ctx_size=256) as model:
+        text = "Once upon a time there was a little girl"
+        for mean in (2.5, None, 6.0):
+            answer = model.generate(text, max_tokens=100, mean_bits=mean)
+            assert answer.stats.mean_bits == pytest.approx(mean or 3, abs=0.1)
+        with pytest.raises(UsageError, match="mean_bits must be from 2 to 8"):
+            model.generate(text, mean_bits=1)
+        assert model.generate(text, max_tokens=2).token_ids
+    with (
+        edgemoe.load(bits=4, ctx_size=256) as model,
+        pytest.raises(UsageError, match="load the model with mean_bits"),
+    ):
+        model.generate(text, mean_bits=3)
+
+
+@pytest.mark.parametrize("levels", [{"bits": 4}, {"mean_bits": 3}])
+@pytest.mark.parametrize("cache", ["2M", "64M"])
+def test_memory_is_filled_before_anything_is_asked_for(levels: dict[str, Any], cache: str) -> None:
+    calls: list[tuple[int, int]] = []
+    how = Streaming(preload=True, look_ahead=False)
+    settings: dict[str, Any] = {"ctx_size": 128, "cache": cache, **levels}
+    with edgemoe.load(
+        streaming=how, progress=lambda done, total: calls.append((done, total)), **settings
+    ) as model:
+        books = model._experts._source._residency  # type: ignore[union-attr]
+        depth = 3 if "bits" in levels else 1
+        layers = range(len(model.config.moe_layers))
+        whole = sum(books.prefix(i)[depth] for i in layers) * model.config.num_experts
+        assert calls[-1] == (books.used_bytes, books.used_bytes)
+        if cache == "64M":
+            assert books.used_bytes == whole
+        else:
+            assert 0.5 * books.budget < books.used_bytes < books.budget
+        assert not books._leases and not books._flying
+        evictions = model.usage().traffic.evictions
+        assert evictions == 0
+        got = model.generate("Once upon a time", max_tokens=20, sampling=GREEDY, logits_hash=True)
+    if "bits" in levels:
+        with edgemoe.load(**settings) as model:
+            want = model.generate(
+                "Once upon a time", max_tokens=20, sampling=GREEDY, logits_hash=True
+            )
+        assert got.logits_hash == want.logits_hash

@@ -14,11 +14,11 @@ from tiny import byte_tokenizer
 
 import edgemoe
 from edgemoe.cpu_attn.kv_cache import KVCache
-from edgemoe.engine import bundled_path, open_model
 from edgemoe.generation import StopMatcher
 from edgemoe.loader import budget
 from edgemoe.model import Span
 from edgemoe.mwq.convert import convert
+from edgemoe.opened import bundled_path, open_model
 from edgemoe.types import QuantSpec, RunPlan
 
 GREEDY = edgemoe.SamplingParams()

@@ -15,13 +15,13 @@ from tiny import CONFIGS, make_tiny
 import edgemoe
 from edgemoe import kernels
 from edgemoe.cpu_attn.kv_cache import KVCache, OnePass, rope_tables
-from edgemoe.engine import open_model
 from edgemoe.errors import KernelError, UsageError
 from edgemoe.kernels.mixture import part_of
 from edgemoe.kv_layout import KVLayout
 from edgemoe.layout import RecordLayout, expert_layout
 from edgemoe.loader.arena import Arena
 from edgemoe.model import Span, dense_part
+from edgemoe.opened import open_model
 from edgemoe.types import QuantSpec
 from edgemoe.weights import from_store
 

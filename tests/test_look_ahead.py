@@ -13,10 +13,10 @@ import pytest
 
 import edgemoe
 from edgemoe import kernels
-from edgemoe.engine import bundled_path
-from edgemoe.engine import open_model as opened_store
 from edgemoe.errors import ChecksumError
 from edgemoe.model import Span
+from edgemoe.opened import bundled_path
+from edgemoe.opened import open_model as opened_store
 from edgemoe.pipeline.ahead import TRUST, Guess, LookAhead, NextRouter, Routing
 from edgemoe.types import F32, Streaming
 

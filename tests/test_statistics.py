@@ -157,7 +157,7 @@ def _generation(script: _Script, tokenizer: Tokenizer, prompt: Sequence[int]) ->
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    from edgemoe.engine import open_model
+    from edgemoe.opened import open_model
 
     return open_model().tokenizer
 

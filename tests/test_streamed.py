@@ -11,9 +11,9 @@ import pytest
 from tiny import CONFIGS, make_tiny
 
 import edgemoe
-from edgemoe.engine import bundled_path
 from edgemoe.errors import UsageError
 from edgemoe.model import Span
+from edgemoe.opened import bundled_path
 from edgemoe.store import Store
 from edgemoe.types import F32, Streaming
 

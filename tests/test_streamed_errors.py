@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import edgemoe
-from edgemoe.engine import bundled_path
 from edgemoe.errors import ChecksumError, StoreError
 from edgemoe.loader.streaming import StreamedExperts
 from edgemoe.model import Span
+from edgemoe.opened import bundled_path
 from edgemoe.pipeline import streamed
 from edgemoe.store import Store
 from edgemoe.types import F32, Streaming

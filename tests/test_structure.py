@@ -41,6 +41,7 @@ RANK = {
     "model": 6,
     "pipeline": 6,
     "weights": 7,
+    "opened": 7,
     "planning": 7,
     "generation": 7,
     "evaluate": 7,

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from .. import kernels
-from ..engine import DEFAULT_STREAMING, Model, OpenedModel, load, open_model
+from ..engine import DEFAULT_STREAMING, Model, load
 from ..errors import UsageError, shown
 from ..model import Span
+from ..opened import OpenedModel, open_model
 from ..types import I64, Streaming, Traffic
 from .llamacpp import LlamaCpp
 from .machine import STREAM_BYTES, Limits, OtherPrograms, cpu_name
@@ -70,6 +71,7 @@ def bench(
     mem: str | int | None = "auto",
     bits: int | None = None,
     mean_bits: float | None = None,
+    prefill_mean_bits: float | None = None,
     read_price: float | None = None,
     dense_bits: int | None = None,
     threads: int | None = None,
@@ -90,8 +92,8 @@ def bench(
         prompt_tokens, generated_tokens: of a round; 0 leaves that part out.
         rounds: that are counted.
         steps: feed 0, 1, 2, ... modulo this instead of words' frequencies.
-        mem, bits, mean_bits, read_price, dense_bits, threads, kv_type, cache, io_limit, exact,
-            streaming: as `engine.load`; llama.cpp's memory is its own.
+        mem, bits, mean_bits, prefill_mean_bits, read_price, dense_bits, threads, kv_type, cache,
+            io_limit, exact, streaming: as `engine.load`; llama.cpp's memory is its own.
         gguf: the same model for llama.cpp, which gets as many threads and float16 keys and values.
         llama_python: a Python with llama_cpp; None: EDGEMOE_LLAMA_PYTHON, else this one.
         progress: called after every step.
@@ -129,6 +131,7 @@ def bench(
             mem=mem,
             bits=bits,
             mean_bits=mean_bits,
+            prefill_mean_bits=prefill_mean_bits,
             read_price=read_price,
             dense_bits=dense_bits,
             ctx_size=count,

@@ -124,6 +124,21 @@ class StreamedExperts(Closing):
         prefix = self._residency.prefix(self._ordinal[layer])
         return times * sum(prefix[depth] for _, depth in wants) <= self._residency.budget
 
+    def want_bytes(self, layer: int, want: Want) -> int:
+        """Bytes that it takes."""
+        return self._residency.prefix(self._ordinal[layer])[want.depth]
+
+    def room_for(self, wants: Sequence[tuple[int, Want]]) -> int:
+        """How many first ones of these (layer, want) fit into what memory is free, with room left
+        for as much as `spare` would keep."""
+        left = self._residency.budget - self._residency.used_bytes
+        for count, (layer, want) in enumerate(wants):
+            size = self.want_bytes(layer, want)
+            left -= size
+            if left < 2 * size:
+                return count
+        return len(wants)
+
     def claimed(self, layer: int) -> list[int]:
         """Segments of each expert that are there or on their way."""
         return self._residency.claimed(self._ordinal[layer])

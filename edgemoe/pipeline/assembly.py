@@ -12,8 +12,9 @@ from ..mwq import sensitivity
 from ..store import Store
 from ..types import Streaming
 from .ahead import Guess, LookAhead
-from .bit_router import BitRouter, GateGains, MeanBits, OneLevel
+from .bit_router import BitRouter, GateGains, OneLevel
 from .early import EarlyReads
+from .mean_bits import MeanBits
 from .streamed import StreamedMixture
 
 ORDERS: dict[str, Order] = {

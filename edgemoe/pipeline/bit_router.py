@@ -1,8 +1,7 @@
 """Which level each token gets each of its experts at: the second of the two routers.
 
 A level that is one higher costs bits and takes error away. What it takes away a bit is its gain;
-raises are granted to those demands that gain most, as many as the mean allows that was asked for
-(`Aim`), and one that would have to be read has to gain more than one that is there.
+see mean_bits.py for which raises are granted.
 """
 
 from __future__ import annotations
@@ -11,11 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from ..errors import UsageError
 from ..types import F32, F64, I32
-from .aim import Aim
 
 
 class Grant(NamedTuple):
@@ -36,10 +33,17 @@ class BitRouter(Protocol):
     early_depth: int
 
     def __call__(
-        self, layer: int, x: F32, ids: I32, gates: F32, held: Sequence[int] | None
+        self,
+        layer: int,
+        x: F32,
+        ids: I32,
+        gates: F32,
+        held: Sequence[int] | None,
+        means: Sequence[float] | None = None,
     ) -> Grant:
         """For a layer step: x float32 [n, hidden], ids and gates [n, k]; held: by expert, the first
-        segments that are in memory or on their way, None: all."""
+        segments that are in memory or on their way, None: all; means: bits that each token is to
+        get on average, [n], None: all the usual."""
         ...
 
 
@@ -51,7 +55,13 @@ class OneLevel:
         self._last = np.empty((0, 0), np.int32)
 
     def __call__(
-        self, layer: int, x: F32, ids: I32, gates: F32, held: Sequence[int] | None
+        self,
+        layer: int,
+        x: F32,
+        ids: I32,
+        gates: F32,
+        held: Sequence[int] | None,
+        means: Sequence[float] | None = None,
     ) -> Grant:
         if self._last.shape != ids.shape:
             self._last = np.full(ids.shape, self._level, np.int32)
@@ -69,7 +79,13 @@ class ExpertLevels:
         self.early_depth = 1 + min((int(row.min()) for row in self._levels.values()), default=0)
 
     def __call__(
-        self, layer: int, x: F32, ids: I32, gates: F32, held: Sequence[int] | None
+        self,
+        layer: int,
+        x: F32,
+        ids: I32,
+        gates: F32,
+        held: Sequence[int] | None,
+        means: Sequence[float] | None = None,
     ) -> Grant:
         levels = self._levels[layer][ids]
         return Grant(levels, levels)
@@ -126,82 +142,3 @@ def slopes(error: F64, bits: F64) -> F64:
             runs.append(run)
         to[:] = [fall / width for fall, width, count in runs for _ in range(count)]
     return out
-
-
-class MeanBits:
-    """Levels whose mean over a run is the one that was asked for.
-
-    Deterministic: what it chooses depends on nothing but its calls, in order, and on what is held.
-
-    Args:
-        gains: of raises. bits: of each level. aim: at which mean.
-        read_price: how many times as much a raise has to gain whose segment is not in memory, all
-            its tokens together; 1: memory does not matter.
-        demands_per_token: layers with experts * experts a token takes in each.
-
-    Raises:
-        UsageError: a mean that the levels do not reach, or a price below 1.
-    """
-
-    early_depth = 1
-
-    def __init__(
-        self,
-        gains: Gains,
-        bits: Sequence[int],
-        mean_bits: float,
-        read_price: float,
-        demands_per_token: int,
-    ) -> None:
-        if not bits[0] <= mean_bits <= bits[-1]:
-            raise UsageError(
-                f"mean_bits must be from {bits[0]} to {bits[-1]}, which this model's experts have, "
-                f"not {mean_bits:g}"
-            )
-        if not read_price >= 1:
-            raise UsageError(f"read_price must be 1 or more, not {read_price:g}")
-        self._gains, self._read_price = gains, read_price
-        self._bits = np.asarray(bits, np.int32)
-        self._segments = np.arange(1, len(bits))
-        self._aim, self._demands_per_token = Aim(mean_bits, bits), demands_per_token
-        self._price = 0.0
-        self._first: int | None = None
-        self._settled = False  # a whole pass has been seen
-
-    def __call__(
-        self, layer: int, x: F32, ids: I32, gates: F32, held: Sequence[int] | None
-    ) -> Grant:
-        gains = self._gains(layer, x, ids, gates)
-        self._aim.see(gains)
-        if self._first is None:
-            self._first = layer
-        elif layer == self._first:
-            self._settled = True
-        if not self._settled:
-            self._price = self._aim.first_price(gains)
-        elif layer == self._first:
-            self._price = self._aim.price(self._demands_per_token)
-        worth = gains >= self._price
-        wished = worth.sum(axis=-1, dtype=np.int32)
-        levels = wished
-        if held is not None and self._read_price > 1:
-            levels = self._granted(gains, worth, ids, np.asarray(held, np.int32))
-        given = asked = int(self._bits[levels].sum())
-        if levels is not wished:
-            asked = int(self._bits[wished].sum())
-        self._aim.give(given, asked, ids.size)
-        return Grant(levels, wished)
-
-    def _granted(self, gains: F32, worth: NDArray[np.bool_], ids: I32, held: I32) -> I32:
-        """Levels without raises whose segments are not there and not worth reading."""
-        here = held[:, None] > self._segments  # [experts, levels - 1]
-        if len(ids) == 1:
-            granted = here[ids] | (gains >= self._price * self._read_price)
-        else:
-            flat = np.where(worth, gains, 0).reshape(-1, len(self._segments))
-            total = np.zeros(here.shape)
-            np.add.at(total, ids.ravel(), flat)
-            granted = (here | (total >= self._price * self._read_price))[ids]
-        raised = np.logical_and.accumulate(worth & granted, axis=-1)
-        levels: I32 = raised.sum(axis=-1, dtype=np.int32)
-        return levels

@@ -11,10 +11,17 @@ from ..types import F32, Pass
 from .streamed import StreamedMixture
 
 
-def alternate(parts: Sequence[Pass], experts: StreamedMixture) -> list[F32]:
-    """What several passes return; each begins its next step before another's is finished."""
+def alternate(
+    parts: Sequence[Pass],
+    experts: StreamedMixture,
+    means: Sequence[Sequence[float] | None],
+) -> list[F32]:
+    """What several passes return; each begins its next step before another's is finished.
+
+    means: of each pass, as StreamedMixture takes them.
+    """
     out: dict[int, F32] = {}
-    waiting = {i: experts.begin(*next(part)) for i, part in enumerate(parts)}
+    waiting = {i: experts.begin(*next(part), means[i]) for i, part in enumerate(parts)}
     while waiting:
         for i, step in list(waiting.items()):
             try:
@@ -23,7 +30,7 @@ def alternate(parts: Sequence[Pass], experts: StreamedMixture) -> list[F32]:
                 out[i] = end.value
                 del waiting[i]
             else:
-                waiting[i] = experts.begin(*wanted)
+                waiting[i] = experts.begin(*wanted, means[i])
     return [out[i] for i in range(len(parts))]
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..loader.residency import Lease, Want
+from ..loader.resident import Progress
 from ..loader.streaming import StreamedExperts
 from ..types import F32
 from .ahead import LookAhead
+
+_TOGETHER = 16
+"""Experts that are read at a time before anything is computed."""
 
 
 class EarlyReads:
@@ -63,6 +67,30 @@ class EarlyReads:
             return None
         self._claim(following, likely)
         return kept
+
+    def preload(self, experts: int, progress: Progress | None = None) -> None:
+        """Read experts that nobody has asked for, one of each layer in turn, as deep as a guess
+        would, until memory is full or they are all there.
+
+        experts: in each layer. progress: called with (bytes read, bytes in all).
+        """
+        source = self._source
+        wants = [
+            (layer, Want(expert, self._depth))
+            for expert in range(experts)
+            for layer in source.layers
+        ]
+        wants = wants[: source.room_for(wants)]
+        total = sum(source.want_bytes(*each) for each in wants)
+        done = 0
+        for layer, want in wants:
+            self._claim(layer, [want])
+            while len(self._leases) >= _TOGETHER and source.collect() is not None:
+                self.tidy()
+            done += source.want_bytes(layer, want)
+            if progress is not None:
+                progress(done, total)
+        self.complete()
 
     def _claim(self, layer: int, wants: Sequence[Want]) -> None:
         lease = self._source.claim(layer, wants, early=True)

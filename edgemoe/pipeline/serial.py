@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from .. import kernels
 from ..loader.resident import ResidentExperts
@@ -45,12 +46,20 @@ class SerialExperts:
     def close(self) -> None:
         """Nothing is open."""
 
-    def __call__(self, layer: int, x: F32, ids: I32, weights: F32) -> F32:
+    def __call__(
+        self,
+        layer: int,
+        x: F32,
+        ids: I32,
+        weights: F32,
+        means: Sequence[float] | None = None,
+    ) -> F32:
         """Sum over slots of weight * expert(x).
 
-        x: float32 [n, hidden]; ids, weights: [n, k]. Returns float32 [n, hidden].
+        x: float32 [n, hidden]; ids, weights: [n, k]; means: bits that each token is to get on
+        average, None: all the usual. Returns float32 [n, hidden].
         """
-        grant = self._router(layer, x, ids, weights, None)
+        grant = self._router(layer, x, ids, weights, None, means)
         begun = time.monotonic_ns()
         y = self._mixtures[layer](self._pool, x, ids, grant.levels, weights)
         if self._span is not None:

@@ -23,6 +23,7 @@ from ..hebf.order import hottest_first
 from ..loader.budget import format_size
 from ..loader.guard import Guard
 from ..loader.residency import Want
+from ..loader.resident import Progress
 from ..loader.streaming import Span, StreamedExperts
 from ..types import F32, I32, Traffic
 from .bit_router import BitRouter, Grant
@@ -96,10 +97,18 @@ class StreamedMixture(Closing):
         self._spare.clear()
         self._source.close()
 
-    def __call__(self, layer: int, x: F32, ids: I32, weights: F32) -> F32:
+    def __call__(
+        self,
+        layer: int,
+        x: F32,
+        ids: I32,
+        weights: F32,
+        means: Sequence[float] | None = None,
+    ) -> F32:
         """Sum over slots of weight * expert(x).
 
-        x: float32 [n, hidden]; ids, weights: [n, k]. Returns float32 [n, hidden].
+        x: float32 [n, hidden]; ids, weights: [n, k]; means: bits that each token is to get on
+        average, None: all the usual. Returns float32 [n, hidden].
 
         Raises:
             ChecksumError, StoreError: an expert cannot be read.
@@ -107,7 +116,7 @@ class StreamedMixture(Closing):
         """
         try:
             self._watch(layer)
-            step, grant = self._asked(layer, x, ids, weights)
+            step, grant = self._asked(layer, x, ids, weights, means)
             small = ids.size <= kernels.AT_ONCE_PAIRS and not self._open
             if small and not step.missing and self._source.landed(layer, step.wants.items()):
                 return self._at_once(step, x, ids, weights, grant)
@@ -118,12 +127,30 @@ class StreamedMixture(Closing):
             self._recover()
             raise
 
-    def begin(self, layer: int, x: F32, ids: I32, weights: F32) -> Step:
+    def preload(self, progress: Progress | None = None) -> None:
+        """Fill memory before anything is asked for; errors as of a call.
+
+        progress: called with (bytes read, bytes in all).
+        """
+        try:
+            self._early.preload(len(next(iter(self._mixtures.values())).segments), progress)
+        except BaseException:
+            self._recover()
+            raise
+
+    def begin(
+        self,
+        layer: int,
+        x: F32,
+        ids: I32,
+        weights: F32,
+        means: Sequence[float] | None = None,
+    ) -> Step:
         """Ask for all that the layer wants; arguments as for a call, to stay as they are until
         `finish`, and errors as of a call."""
         try:
             self._watch(layer)
-            step, grant = self._asked(layer, x, ids, weights)
+            step, grant = self._asked(layer, x, ids, weights, means)
             self._begin(step, x, ids, weights, grant)
             self._early.tidy()
             return step
@@ -145,11 +172,13 @@ class StreamedMixture(Closing):
         self._early.forget()
         self._source.recover()
 
-    def _asked(self, layer: int, x: F32, ids: I32, weights: F32) -> tuple[Step, Grant]:
+    def _asked(
+        self, layer: int, x: F32, ids: I32, weights: F32, means: Sequence[float] | None
+    ) -> tuple[Step, Grant]:
         """What the layer wants, at which levels."""
         # All that comes before the first read is time in which the disk does nothing.
         held, width = self._source.claimed(layer), len(self._bits)
-        grant = self._router(layer, x, ids, weights, held)
+        grant = self._router(layer, x, ids, weights, held, means)
         counts = jobs_of(ids, grant.levels, width)
         wants = wants_of(counts, width)
         missing = [e for e, depth in wants.items() if held[e] < depth]

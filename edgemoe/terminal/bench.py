@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
-from .options import loading, look_ahead, number
+from .options import early, loading, number
 
 if TYPE_CHECKING:
     from ..bench import Bench, LlamaCppBench, Spread
@@ -80,7 +80,7 @@ Examples:
     help="What is read first: what ends the layer soonest, the hottest bits, or what is demanded "
     "first.",
 )
-@look_ahead
+@early
 @click.option("--serial", is_flag=True, help="Read what a layer needs, then compute; no overlap.")
 @click.option("--vs", type=click.Choice(["llama.cpp"]), help="Measure llama.cpp in turn with us.")
 @click.option("--gguf", metavar="FILE", help="The same model for llama.cpp (see edgemoe export).")
@@ -100,6 +100,7 @@ def bench(
     order: str,
     serial: bool,
     look_ahead: bool,
+    preload: bool,
     **settings: Any,
 ) -> int:
     """Measure STORE, or the bundled model: tokens a second of prefill and of decoding.
@@ -125,7 +126,7 @@ def bench(
     from ..bench import bench as measure
     from ..types import Streaming
 
-    settings["streaming"] = Streaming(policy, order, not serial, look_ahead)
+    settings["streaming"] = Streaming(policy, order, not serial, look_ahead, preload)
     with progress("bench") as report:
         result = measure(store, gguf=gguf, llama_python=llama_python, progress=report, **settings)
     print(json.dumps(result.as_dict()) if as_json else "\n".join(text(result)))

@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import kernels, multiple_choice
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..engine import Model, OpenedModel, load, open_model
+from ..engine import Model, load
 from ..errors import MemoryBudgetError, UsageError, shown
 from ..evaluate import (
     LOGITS,
@@ -31,6 +31,7 @@ from ..evaluate import (
 from ..loader import budget
 from ..model import Span
 from ..multiple_choice import Task, read_lambada, read_piqa
+from ..opened import OpenedModel, open_model
 from ..reference_cache import ReferenceFile
 from ..reference_logits import TOP, reference
 from ..tokenizer import Tokenizer
@@ -55,6 +56,7 @@ class EvalOptions:
     limit: int | None = None
     bits: int | None = None
     mean_bits: float | None = None
+    prefill_mean_bits: float | None = None
     read_price: float | None = None
     dense_bits: int | None = None
     versus: int | None = None
@@ -81,7 +83,15 @@ def run(options: EvalOptions) -> int:
         work = _prepare(options, stack)
         settings = [options]
         if options.versus is not None:
-            settings.append(replace(options, bits=options.versus, mean_bits=None, read_price=None))
+            settings.append(
+                replace(
+                    options,
+                    bits=options.versus,
+                    mean_bits=None,
+                    prefill_mean_bits=None,
+                    read_price=None,
+                )
+            )
         outcomes: dict[int, _Outcome] = {}
         # The larger one first: if it does not fit, that shows before any work is done.
         for i in sorted(range(len(settings)), key=lambda i: -(settings[i].bits or LEVELS[-1])):
@@ -279,6 +289,7 @@ def _measure(options: EvalOptions, work: _Work) -> _Outcome:
         mem=options.mem,
         bits=options.bits,
         mean_bits=options.mean_bits,
+        prefill_mean_bits=options.prefill_mean_bits,
         read_price=options.read_price,
         dense_bits=options.dense_bits,
         ctx_size=work.longest,

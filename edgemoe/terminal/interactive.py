@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..engine import Model, OpenedModel
+from ..engine import Model
 from ..errors import UsageError
+from ..opened import OpenedModel
 from .session import (
     INTERACTIVE_CTX,
     RunOptions,

@@ -71,13 +71,24 @@ def rate(ctx: click.Context, param: click.Parameter, value: str | None) -> float
     return None if megabytes is None else megabytes * 1e6
 
 
-look_ahead = click.option(
-    "--look-ahead/--no-look-ahead",
-    default=True,
-    show_default=True,
-    help="Where experts are streamed: read what the next layer will probably want, while such "
-    "guesses prove right.",
-)
+def early(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of what is read before it is asked for."""
+    options = [
+        click.option(
+            "--look-ahead/--no-look-ahead",
+            default=True,
+            show_default=True,
+            help="Where experts are streamed: read what the next layer will probably want, while "
+            "such guesses prove right.",
+        ),
+        click.option(
+            "--preload",
+            is_flag=True,
+            help="Where experts are streamed: fill the memory for them before the first token, "
+            "which comes later for it, as the others come sooner.",
+        ),
+    ]
+    return _with(options, command)
 
 
 def loading(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,6 +121,12 @@ def loading(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="X",
             help="Bits of the experts on average: each token gets each of its experts at as many "
             "as it gains from. Instead of --bits and --exact.",
+        ),
+        click.option(
+            "--prefill-mean-bits",
+            callback=number(2, 8),
+            metavar="X",
+            help="The same for the tokens of a prompt.  [default: as --mean-bits]",
         ),
         click.option(
             "--read-price",

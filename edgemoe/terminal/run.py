@@ -8,9 +8,10 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from ..engine import Model, OpenedModel, open_model
+from ..engine import Model
 from ..errors import UsageError
 from ..generation import Generation
+from ..opened import OpenedModel, open_model
 from ..sampling import SamplingParams
 from ..types import Stats
 from .interactive import converse

@@ -14,9 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..engine import Model, OpenedModel, load
+from ..engine import Model, load
 from ..generation import Generation
 from ..loader.budget import format_size
+from ..opened import OpenedModel
 from ..sampling import SamplingParams
 from ..types import Stats, Streaming
 
@@ -37,6 +38,7 @@ class RunOptions:
     cache: str | None = None
     bits: int | None = None
     mean_bits: float | None = None
+    prefill_mean_bits: float | None = None
     read_price: float | None = None
     dense_bits: int | None = None
     exact: bool = False
@@ -50,6 +52,7 @@ class RunOptions:
     as_json: bool = False
     logits_hash: bool = False
     look_ahead: bool = True
+    preload: bool = False
     trace: str | None = None
 
 
@@ -94,6 +97,7 @@ def load_model(opened: OpenedModel, options: RunOptions, ctx_size: int) -> Model
             mem=options.mem,
             bits=options.bits,
             mean_bits=options.mean_bits,
+            prefill_mean_bits=options.prefill_mean_bits,
             read_price=options.read_price,
             dense_bits=options.dense_bits,
             ctx_size=ctx_size,
@@ -104,6 +108,7 @@ def load_model(opened: OpenedModel, options: RunOptions, ctx_size: int) -> Model
             exact=options.exact,
             streaming=Streaming(
                 look_ahead=options.look_ahead,
+                preload=options.preload,
                 trace=None if options.trace is None else Path(options.trace),
             ),
             progress=progress if shows else None,

@@ -46,6 +46,34 @@ def verdicts(rows: Sequence[Row]) -> str:
     )
 
 
+def means(rows: Sequence[Row]) -> str:
+    """Levels that differ against one for all at the same mean, and what an oracle gains."""
+    return _table(
+        ["mean bits", "one level for all", "untrained", "of it", "oracle", "of the oracle's gain"],
+        (
+            [
+                f"{r['mean_bits']:g}",
+                f"{r['uniform']:.6f}",
+                f"{r['untrained']['kld']:.6f} +- {r['untrained']['kld_se']:.6f}",
+                f"{r['of_uniform']:.3f}",
+                f"{r['oracle']['kld']:.6f} +- {r['oracle']['kld_se']:.6f}",
+                f"{100 * r['of_oracle']:.0f} %",
+            ]
+            for r in rows
+        ),
+    )
+
+
+def by_gate(rows: Sequence[Row], bits: Sequence[int]) -> str:
+    """Share of each level by rank of the gate, heaviest first, of the untrained router."""
+    out = []
+    for r in rows:
+        for rank, counts in enumerate(r["untrained"]["counts"]):
+            shares = [f"{100 * count / sum(counts):.1f} %" for count in counts]
+            out.append([f"{r['mean_bits']:g}", str(rank + 1), *shares])
+    return _table(["mean bits", "gate", *(f"{b} bits" for b in bits)], out)
+
+
 def ratios(rows: Sequence[Row]) -> str:
     """Nested over dedicated divergence, a level a row."""
     return _table(
