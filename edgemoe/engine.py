@@ -24,7 +24,7 @@ from .model import Span, Weights, drive, halves, layers, logits
 from .opened import OpenedModel, open_model
 from .perfmodel import fit
 from .pipeline.ahead import NextRouter, Routing
-from .pipeline.assembly import bit_router, streamed_mixture
+from .pipeline.assembly import choices, streamed_mixture
 from .pipeline.drive import alternate, traced
 from .pipeline.mean_bits import check_mean
 from .pipeline.serial import SerialExperts
@@ -222,7 +222,7 @@ class Model(Closing):
         dense_level = quant.levels.index(plan.dense_bits)
         self._weights = from_store(store, self._pool, arena, dense_level)
         level = quant.expert_levels.index(plan.bits)
-        router = bit_router(store, level, plan.mean_bits, read_price)
+        chosen = choices(store, level, plan.mean_bits, read_price, streaming)
         if plan.streamed:
             guard = Guard(budget.ceiling, budget.margin)
             guess = self._guess() if streaming.look_ahead and streaming.overlap else None
@@ -231,18 +231,17 @@ class Model(Closing):
                 self._pool,
                 budget.experts,
                 level,
-                router,
+                chosen,
                 streaming,
                 guess,
                 guard,
                 io_limit,
                 span,
             )
-            if streaming.preload:
-                self._experts.preload(progress)
+            self._experts.preload(progress)
         else:
             resident = ResidentExperts(store, arena, level, progress)
-            self._experts = SerialExperts(self._pool, resident, router, span)
+            self._experts = SerialExperts(self._pool, resident, chosen.router, span)
 
     def _guess(self) -> NextRouter:
         """At what the next layer will want."""

@@ -206,7 +206,9 @@ class Streaming:
     a layer needs, then compute it. look_ahead: read what the next layer will probably want, while
     such guesses prove right (pipeline/ahead.py). preload: fill memory with experts before anything
     is asked for (of levels that differ, the lowest). trace: a Chrome trace of the run to be written
-    (pipeline/timeline.py), or None; also where all experts fit.
+    (pipeline/timeline.py), or None; also where all experts fit. profile: a .npy file of how often
+    each expert was used, [layers with experts, experts]: EdgeMoE's choices instead
+    (pipeline/edge_moe.py), for policy and levels.
 
     Raises:
         UsageError: an unknown policy or order.
@@ -218,6 +220,7 @@ class Streaming:
     look_ahead: bool = True
     preload: bool = False
     trace: Path | None = None
+    profile: Path | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (

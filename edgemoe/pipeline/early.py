@@ -14,12 +14,18 @@ _TOGETHER = 16
 """Experts that are read at a time before anything is computed."""
 
 
+def in_turn(layers: Sequence[int], experts: int, depth: int) -> list[tuple[int, Want]]:
+    """All experts so many segments deep, one of each layer in turn."""
+    return [(layer, Want(expert, depth)) for expert in range(experts) for layer in layers]
+
+
 class EarlyReads:
     """Reads that nobody waits for yet. What they bring stays, held by leases, until it has landed.
 
     Args:
         source: where experts come from. depth: segments of an expert that a guess reads.
-        ahead: what the next layer will want, or None: nothing is read early.
+        ahead: what the next layer will want, or None: no guesses. at_start: layers and what of them
+        `preload` reads, best first.
     """
 
     def __init__(
@@ -27,9 +33,10 @@ class EarlyReads:
         source: StreamedExperts,
         depth: int,
         ahead: LookAhead | None = None,
+        at_start: Sequence[tuple[int, Want]] = (),
     ) -> None:
         self._source, self._depth = source, depth
-        self._ahead = ahead
+        self._ahead, self._at_start = ahead, at_start
         self._leases: list[tuple[int, Lease]] = []  # for which layer
 
     def __bool__(self) -> bool:
@@ -68,19 +75,13 @@ class EarlyReads:
         self._claim(following, likely)
         return kept
 
-    def preload(self, experts: int, progress: Progress | None = None) -> None:
-        """Read experts that nobody has asked for, one of each layer in turn, as deep as a guess
-        would, until memory is full or they are all there.
+    def preload(self, progress: Progress | None = None) -> None:
+        """Read what is to be read at start, as far as memory goes.
 
-        experts: in each layer. progress: called with (bytes read, bytes in all).
+        progress: called with (bytes read, bytes in all).
         """
         source = self._source
-        wants = [
-            (layer, Want(expert, self._depth))
-            for expert in range(experts)
-            for layer in source.layers
-        ]
-        wants = wants[: source.room_for(wants)]
+        wants = self._at_start[: source.room_for(self._at_start)]
         total = sum(source.want_bytes(*each) for each in wants)
         done = 0
         for layer, want in wants:

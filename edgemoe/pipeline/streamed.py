@@ -128,12 +128,12 @@ class StreamedMixture(Closing):
             raise
 
     def preload(self, progress: Progress | None = None) -> None:
-        """Fill memory before anything is asked for; errors as of a call.
+        """Read what is to be read before anything is asked for; errors as of a call.
 
         progress: called with (bytes read, bytes in all).
         """
         try:
-            self._early.preload(len(next(iter(self._mixtures.values())).segments), progress)
+            self._early.preload(progress)
         except BaseException:
             self._recover()
             raise

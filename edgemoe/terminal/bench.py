@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -80,6 +81,12 @@ Examples:
     help="What is read first: what ends the layer soonest, the hottest bits, or what is demanded "
     "first.",
 )
+@click.option(
+    "--profile",
+    metavar="FILE.npy",
+    help="EdgeMoE's choices instead: uses of each expert, [layers, experts], decide for good what "
+    "is read at start and kept; with --mean-bits, sensitivities decide the bits of each expert.",
+)
 @early
 @click.option("--serial", is_flag=True, help="Read what a layer needs, then compute; no overlap.")
 @click.option("--vs", type=click.Choice(["llama.cpp"]), help="Measure llama.cpp in turn with us.")
@@ -100,6 +107,7 @@ def bench(
     order: str,
     serial: bool,
     look_ahead: bool,
+    profile: str | None,
     preload: bool,
     **settings: Any,
 ) -> int:
@@ -126,7 +134,14 @@ def bench(
     from ..bench import bench as measure
     from ..types import Streaming
 
-    settings["streaming"] = Streaming(policy, order, not serial, look_ahead, preload)
+    settings["streaming"] = Streaming(
+        policy,
+        order,
+        not serial,
+        look_ahead,
+        preload,
+        profile=None if profile is None else Path(profile),
+    )
     with progress("bench") as report:
         result = measure(store, gguf=gguf, llama_python=llama_python, progress=report, **settings)
     print(json.dumps(result.as_dict()) if as_json else "\n".join(text(result)))
