@@ -49,6 +49,8 @@ from edgemoe.kernels import default_threads
 from edgemoe.kernels.reader import BLOCK
 from edgemoe.layout import align_up
 from edgemoe.loader.arena import Arena
+from edgemoe.loader.budget import resolve_ceiling
+from edgemoe.loader.resident import expert_bytes
 from edgemoe.loader.slots import SegmentSlots
 from edgemoe.store import Store
 from edgemoe.types import ORDERS, PlaneRef
@@ -217,6 +219,18 @@ class Bench:
         """A run with all experts resident."""
         return self.traced(lambda path: self.feed(None, trace=path, **job))
 
+    def fits(self) -> bool:
+        """Whether a run with all experts resident is possible; a note where it is not."""
+        ceiling = resolve_ceiling("auto")
+        needed = expert_bytes(self.store, self.store.quant.levels.index(LEVEL))
+        if needed < ceiling:
+            return True
+        self.note(
+            f"the experts take {needed >> 20} MiB and {ceiling >> 20} MiB may be used: no resident "
+            "run, so no bound"
+        )
+        return False
+
     def in_turn(self, work: Work) -> list[dict[Any, Any]]:
         """What each gives, in every round, which each begins in turn."""
         out = []
@@ -267,13 +281,13 @@ def alone(bench: Bench) -> dict[str, Any]:
             )
         )
         texts.append(said["text"])
-    work: Work = {
-        "bandwidth": bench.bandwidth, "compute": bench.resident, "llama": bench.llama
-    }  # fmt: skip
+    work: Work = {"bandwidth": bench.bandwidth, "llama": bench.llama}
+    if bench.fits():
+        work["compute"] = bench.resident
     rounds = bench.in_turn(work | {cap: partial(bench.run, cap) for cap in caps})
     same("the tokens", texts + [r[cap]["text"] for r in rounds for cap in caps])
     for r in rounds:
-        r["compute"] = decoding(r["compute"][1])
+        r["compute"] = decoding(r["compute"][1]) if "compute" in r else None
     out: dict[str, Any] = {"caps": {}}
     print("cap    tok/s (p10 / median / p90)   of llama.cpp         time / bound   MiB/token  hits")
     for cap in caps:
@@ -282,7 +296,8 @@ def alone(bench: Bench) -> dict[str, Any]:
         print(
             f"{cap:>6} {shown(found['tok_s']):>21} "
             f"{shown(found['of_llama']) if 'of_llama' in found else 'not measured':>22} "
-            f"{shown(found['time_of_bound']):>20} {found['bytes_read_per_token'] / MIB:10.1f}"
+            f"{shown(found['time_of_bound']) if 'time_of_bound' in found else 'not measured':>20} "
+            f"{found['bytes_read_per_token'] / MIB:10.1f}"
             f"{100 * found['hit_rate']:5.0f} %  kills {found.get('kills', 'not counted')}"
         )
     if bench.routes and bench.args.mean_bits is None:
@@ -298,10 +313,10 @@ def alone(bench: Bench) -> dict[str, Any]:
     out["bandwidth"] = spread(r["bandwidth"] for r in rounds)
     out["llama_tok_s"] = {n: spread(r["llama"][n] for r in rounds) for n in rounds[0]["llama"]}
     out["rounds"] = [
-        {k: v._asdict() if k == "compute" else v for k, v in r.items()} for r in rounds
+        {k: v._asdict() if k == "compute" and v else v for k, v in r.items()} for r in rounds
     ]
     for r in out["rounds"]:
-        r["compute"] = {k: float(np.sum(v)) for k, v in r["compute"].items()}
+        r["compute"] = {k: float(np.sum(v)) for k, v in (r["compute"] or {}).items()}
     return out
 
 

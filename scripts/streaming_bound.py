@@ -103,7 +103,8 @@ def cap_summary(rounds: Sequence[Mapping[str, Any]], missed: F64) -> dict[str, A
     """Figures of a cap: spreads of what is per round, the worst of what must not happen.
 
     rounds: of each the `run` of this cap, `llama` (tokens a second by setting), `bandwidth` and
-    `compute`. missed: bytes [tokens, layers] of a traced run, the prompt first.
+    `compute`, None where it was not measured. missed: bytes [tokens, layers] of a traced run, the
+    prompt first.
     """
     runs = [r["run"] for r in rounds]
     out: dict[str, Any] = {"tok_s": spread(r["decode_tok_s"] for r in runs)}
@@ -113,11 +114,12 @@ def cap_summary(rounds: Sequence[Mapping[str, Any]], missed: F64) -> dict[str, A
         )
     for name in ("bytes_read_per_token", "hit_rate", "unhidden_wait_s"):
         out[name] = float(np.median([r[name] for r in runs]))
-    bounds = [float(bound(missed[1:], r["bandwidth"], r["compute"]).mean()) for r in rounds]
-    out["bound_s"] = spread(bounds)
-    out["time_of_bound"] = spread(
-        1 / r["decode_tok_s"] / b for r, b in zip(runs, bounds, strict=True)
-    )
+    if all(r["compute"] for r in rounds):
+        bounds = [float(bound(missed[1:], r["bandwidth"], r["compute"]).mean()) for r in rounds]
+        out["bound_s"] = spread(bounds)
+        out["time_of_bound"] = spread(
+            1 / r["decode_tok_s"] / b for r, b in zip(runs, bounds, strict=True)
+        )
     out["peak_rss_bytes"] = max(r["peak_rss_bytes"] for r in runs)
     out["traced_of_read"] = float(missed.sum()) / max(runs[0]["bytes_read"], 1)
     if all("kills" in r for r in runs):
