@@ -50,8 +50,9 @@ from edgemoe.kernels.reader import BLOCK
 from edgemoe.layout import align_up
 from edgemoe.loader.arena import Arena
 from edgemoe.loader.budget import resolve_ceiling
-from edgemoe.loader.resident import expert_bytes
 from edgemoe.loader.slots import SegmentSlots
+from edgemoe.perfmodel.fit import Wish
+from edgemoe.planning import plan
 from edgemoe.store import Store
 from edgemoe.types import ORDERS, PlaneRef
 
@@ -221,15 +222,11 @@ class Bench:
 
     def fits(self) -> bool:
         """Whether a run with all experts resident is possible; a note where it is not."""
-        ceiling = resolve_ceiling("auto")
-        needed = expert_bytes(self.store, self.store.quant.levels.index(LEVEL))
-        if needed < ceiling:
-            return True
-        self.note(
-            f"the experts take {needed >> 20} MiB and {ceiling >> 20} MiB may be used: no resident "
-            "run, so no bound"
-        )
-        return False
+        ceiling, wish = resolve_ceiling("auto"), Wish(bits=LEVEL, exact=True)
+        chosen = plan(self.store, wish, ceiling, self.args.tokens, self.args.threads, "f16")
+        if chosen.streamed:
+            self.note(f"not all experts fit in {ceiling >> 20} MiB: no resident run, so no bound")
+        return not chosen.streamed
 
     def in_turn(self, work: Work) -> list[dict[Any, Any]]:
         """What each gives, in every round, which each begins in turn."""
