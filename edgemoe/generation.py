@@ -145,6 +145,7 @@ class Generation(Closing):
             cache_bytes=used.cache_bytes,
             mean_bits=traffic.mean_bits,
             gate_weighted_bits=traffic.gate_weighted_bits,
+            wished_mean_bits=traffic.wished_mean_bits,
             bytes_read=traffic.bytes_read,
             bytes_read_per_token=traffic.bytes_read / tokens,
             hit_rate=traffic.hit_rate,

@@ -266,8 +266,13 @@ class Traffic:
         return self.bits / self.demands if self.demands else 0.0
 
     @property
+    def wished_mean_bits(self) -> float:
+        """The mean that there would have been, at the same prices, had all been in memory."""
+        return self.wished_bits / self.demands if self.demands else 0.0
+
+    @property
     def gate_weighted_bits(self) -> float:
-        """The same with each demand counting by its gate weight."""
+        """Mean bits with each demand counting by its gate weight."""
         return self.gated_bits / self.gates if self.gates else 0.0
 
     @property
@@ -294,7 +299,8 @@ class Usage:
 class Stats:
     """What one generation did. Rates are tokens a second, times seconds, sizes bytes.
 
-    mean_bits: bits used / demands (token, slot); gate_weighted_bits: the same by gate weight.
+    mean_bits: bits used / demands (token, slot); gate_weighted_bits: the same by gate weight;
+    wished_mean_bits: had nothing had to be read for it.
     bytes_read: from the store, and for each prompt or generated token. hit_rate: share of the bytes
     wanted that were in memory. unhidden_wait_s: in which nothing was computed because something was
     being read. evictions: segments that left memory. cache_bytes: memory for experts.
@@ -310,6 +316,7 @@ class Stats:
     cache_bytes: int
     mean_bits: float
     gate_weighted_bits: float
+    wished_mean_bits: float
     bytes_read: int
     bytes_read_per_token: float
     hit_rate: float

@@ -242,8 +242,8 @@ def test_json_is_one_object_with_the_promised_keys(store: Path) -> None:
     assert set(result) == {
         "text", "prompt_tokens", "generated_tokens", "prefill_tok_s", "decode_tok_s", "ttft_s",
         "peak_rss_bytes", "mem_budget_bytes", "cache_bytes", "mean_bits", "gate_weighted_bits",
-        "bytes_read", "bytes_read_per_token", "hit_rate", "unhidden_wait_s", "evictions",
-        "stop_reason", "bits", "dense_bits", "ctx_size", "threads", "kv_type",
+        "wished_mean_bits", "bytes_read", "bytes_read_per_token", "hit_rate", "unhidden_wait_s",
+        "evictions", "stop_reason", "bits", "dense_bits", "ctx_size", "threads", "kv_type",
     }  # fmt: skip
     assert result["generated_tokens"] == 6 and result["stop_reason"] == "length"
     assert result["mem_budget_bytes"] == 400 * 1024**2

@@ -339,7 +339,14 @@ def test_several_texts_and_a_stride(sample: tuple[Path, Path, Path], tmp_path: P
 
 def test_what_is_not_kept_of_the_reference_is_said() -> None:
     names = [f.name for f in fields(Summary)] + ["windows", "ctx", "bits", "dense_bits", "seconds"]
-    names += ["bytes_read", "hit_rate", "unhidden_wait_s", "mean_bits", "gate_weighted_bits"]
+    names += [
+        "bytes_read",
+        "hit_rate",
+        "unhidden_wait_s",
+        "mean_bits",
+        "gate_weighted_bits",
+        "wished_mean_bits",
+    ]
     out = dict.fromkeys(names, 1.0)
     assert not [line for line in lines(out | {"ref_rest": 0.0}) if "kept" in line]
     (note,) = [line for line in lines(out | {"ref_rest": 0.00123}) if "kept" in line]

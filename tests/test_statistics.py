@@ -25,12 +25,12 @@ from edgemoe.types import F32, I32, Streaming, Traffic, Usage
 GREEDY = SamplingParams()
 
 EARLIER = Traffic(
-    demands=10, bits=40, gates=2.0, gated_bits=8.0, wanted_bytes=100, missed_bytes=50,
-    bytes_read=60, evictions=1, wait_s=0.5,
+    demands=10, bits=40, wished_bits=41, gates=2.0, gated_bits=8.0, wanted_bytes=100,
+    missed_bytes=50, bytes_read=60, evictions=1, wait_s=0.5,
 )  # fmt: skip
 LATER = Traffic(
-    demands=30, bits=140, gates=6.0, gated_bits=30.0, wanted_bytes=1100, missed_bytes=300,
-    bytes_read=60 + (10 << 20), evictions=8, wait_s=3.6,
+    demands=30, bits=140, wished_bits=146, gates=6.0, gated_bits=30.0, wanted_bytes=1100,
+    missed_bytes=300, bytes_read=60 + (10 << 20), evictions=8, wait_s=3.6,
 )  # fmt: skip
 
 
@@ -87,9 +87,9 @@ def test_a_resident_model_counts_what_it_computes(monkeypatch: pytest.MonkeyPatc
     seen: list[tuple[int, I32, F32]] = []
     original = SerialExperts.__call__
 
-    def watched(self: SerialExperts, layer: int, x: F32, ids: I32, gates: F32) -> F32:
+    def watched(self: SerialExperts, layer: int, x: F32, ids: I32, gates: F32, means: Any) -> F32:
         seen.append((layer, ids.copy(), gates.copy()))
-        return original(self, layer, x, ids, gates)
+        return original(self, layer, x, ids, gates, means)
 
     monkeypatch.setattr(SerialExperts, "__call__", watched)
     with edgemoe.load(bits=4, ctx_size=128, threads=2) as model:
@@ -140,7 +140,7 @@ class _Script:
             mem_budget_bytes=5000,
             cache_bytes=700,
             traffic=Traffic(
-                demands=20 * n, bits=60 * n, gates=4.0 * n, gated_bits=14.0 * n,
+                demands=20 * n, bits=60 * n, wished_bits=65 * n, gates=4.0 * n, gated_bits=14.0 * n,
                 wanted_bytes=1000 * n, missed_bytes=290 * n, bytes_read=n << 20, evictions=3 * n,
                 wait_s=n / 4,
             ),
@@ -176,7 +176,7 @@ def test_statistics_are_of_one_generation(tokenizer: Tokenizer) -> None:
     assert (stats.bytes_read, stats.bytes_read_per_token) == (6 << 20, (6 << 20) / 7)
     assert (stats.evictions, stats.unhidden_wait_s) == (18, 1.5)
     assert stats.hit_rate == pytest.approx(0.71)
-    assert (stats.mean_bits, stats.gate_weighted_bits) == (3.0, 3.5)
+    assert (stats.mean_bits, stats.gate_weighted_bits, stats.wished_mean_bits) == (3.0, 3.5, 3.25)
     assert (stats.peak_rss_bytes, stats.mem_budget_bytes, stats.cache_bytes) == (2006, 5000, 700)
 
 
@@ -193,8 +193,8 @@ def test_the_line_of_figures(tokenizer: Tokenizer, capsys: pytest.CaptureFixture
         list(generation)
     report(generation, GREEDY, logits_hash=False)
     assert capsys.readouterr().err.endswith(
-        "mean bits 3.00 (by gate weight 3.50), read 6.0 MiB (877.8 KiB a token, hits 71 %, "
-        "waited 1.5 s), ended by --max-tokens\n"
+        "mean bits 3.00 (by gate weight 3.50, 3.25 had all been in memory), read 6.0 MiB "
+        "(877.8 KiB a token, hits 71 %, waited 1.5 s), ended by --max-tokens\n"
     )
 
 

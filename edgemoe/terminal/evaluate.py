@@ -325,7 +325,9 @@ def _measure(options: EvalOptions, work: _Work) -> _Outcome:
     figures["mem_budget_bytes"] = used.mem_budget_bytes
     figures["cache_bytes"] = used.cache_bytes
     traffic = used.traffic
-    for name in ("mean_bits", "gate_weighted_bits", "bytes_read", "hit_rate", "evictions"):
+    for name in ("mean_bits", "gate_weighted_bits", "wished_mean_bits"):
+        figures[name] = getattr(traffic, name)
+    for name in ("bytes_read", "hit_rate", "evictions"):
         figures[name] = getattr(traffic, name)
     figures["unhidden_wait_s"] = traffic.wait_s
     return _Outcome(figures, scores, tasks)

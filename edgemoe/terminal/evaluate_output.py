@@ -50,7 +50,8 @@ def _setting_lines(out: Mapping[str, Any], common: Mapping[str, Any]) -> Iterato
     if out["mean_bits"] != out["bits"]:
         yield (
             f"  mean bits        {out['mean_bits']:.3f}, by gate weight "
-            f"{out['gate_weighted_bits']:.3f}"
+            f"{out['gate_weighted_bits']:.3f}, "
+            f"had all been in memory {out['wished_mean_bits']:.3f}"
         )
 
 

@@ -205,7 +205,11 @@ def report(generation: Generation, sampling: SamplingParams, *, logits_hash: boo
     s = generation.stats
     seed = f", seed {sampling.seed}" if sampling.temperature > 0 else ""
     mean, by_gate = f"{s.mean_bits:.2f}", f"{s.gate_weighted_bits:.2f}"
-    bits = mean if mean == by_gate else f"{mean} (by gate weight {by_gate})"
+    wished = f"{s.wished_mean_bits:.2f}"
+    more = [] if mean == by_gate else [f"by gate weight {by_gate}"]
+    if wished != mean:
+        more.append(f"{wished} had all been in memory")
+    bits = f"{mean} ({', '.join(more)})" if more else mean
     note(
         f"{s.prompt_tokens} prompt tokens at {s.prefill_tok_s:.1f}/s, {s.generated_tokens} "
         f"generated at {s.decode_tok_s:.1f}/s, first after {s.ttft_s:.2f} s, peak "
