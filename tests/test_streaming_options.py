@@ -49,7 +49,8 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
         used = usage(self)
         traffic = Traffic(
             demands=10 * n, bits=30 * n, wished_bits=30 * n, gates=float(n), gated_bits=3.5 * n,
-            wanted_bytes=100 * n, missed_bytes=29 * n, bytes_read=n * 3_000_000, evictions=n, wait_s=n / 4,
+            wanted_bytes=100 * n, missed_bytes=29 * n, bytes_read=n * 3_000_000, evictions=n,
+            wait_s=n / 4,
         )  # fmt: skip
         return Usage(used.peak_rss_bytes, used.mem_budget_bytes, used.cache_bytes, traffic)
 
