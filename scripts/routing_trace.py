@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edgemoe.errors import UsageError
-from edgemoe.types import I32
+from edgemoe.types import F32, I32
 
 
 def checked(expert: int) -> int:
@@ -22,10 +22,12 @@ def checked(expert: int) -> int:
 
 class Trace(NamedTuple):
     """routes: experts of each decoded token, int32 [tokens, layers, top_k]. prompt: of each layer,
-    the experts that the prompt's tokens take, in order; nothing where the file has no prompt."""
+    the experts that the prompt's tokens take, in order; nothing where the file has no prompt.
+    gates: float32 [tokens, layers, top_k], the routes' weights; None where the file has none."""
 
     routes: I32
     prompt: list[list[int]]
+    gates: F32 | None = None
 
 
 def read_trace(path: Path) -> Trace:
@@ -35,6 +37,7 @@ def read_trace(path: Path) -> Trace:
         UsageError: not a trace of shared/traces' kinds, or its steps differ in shape.
     """
     steps: dict[tuple[int, int], list[int]] = {}
+    weights: dict[tuple[int, int], list[float]] = {}
     before: list[tuple[int, int]] = []
     try:
         with path.open(newline="") as file:
@@ -47,6 +50,8 @@ def read_trace(path: Path) -> Trace:
                     layer, expert = int(row["layer"]), checked(int(row["expert"]))
                     if row["phase"] == "1":
                         steps.setdefault((int(row["step"]), layer), []).append(expert)
+                        weight = float(row["weight"])
+                        weights.setdefault((int(row["step"]), layer), []).append(weight)
                     else:
                         before.append((layer, expert))
     except OSError as error:
@@ -63,4 +68,10 @@ def read_trace(path: Path) -> Trace:
     if (ordered[:, :, 1:] == ordered[:, :, :-1]).any():
         raise UsageError(f"{path}: a token takes an expert twice")
     prompt = [[e for at, e in dict.fromkeys(before) if at == layer] for layer in sorted(layers)]
-    return Trace(routes, prompt)
+    if not weights:
+        return Trace(routes, prompt)
+    ordered_weights = [
+        weights[token, layer] for token in sorted(tokens) for layer in sorted(layers)
+    ]
+    gates = np.array(ordered_weights, np.float32).reshape(routes.shape)
+    return Trace(routes, prompt, gates if np.isfinite(gates).all() and gates.max() > 0 else None)

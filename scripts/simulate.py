@@ -36,8 +36,10 @@ from edgemoe.loader.policies import (
 )
 from edgemoe.loader.residency import Lease, Policy, Residency, Want
 from edgemoe.mwq import sensitivity
+from edgemoe.pipeline.bit_router import BitRouter, GateGains, OneLevel
+from edgemoe.pipeline.mean_bits import MeanBits
 from edgemoe.store import Store
-from edgemoe.types import F32, F64, I32, I64, LEVELS, QuantSpec
+from edgemoe.types import F32, F64, I32, I64, LEVELS, READ_PRICE, QuantSpec
 
 ORDERS = {"johnson": shortest_makespan, "hebf": hottest_bit_first, "fifo": on_demand}
 SHAPES = {"qwen3": (48, 128, 2048, 768), "q7": (16, 64, 2048, 1024)}
@@ -56,6 +58,7 @@ EPILOG = """policies:
 examples:
   simulate.py qwen.route.csv --shape qwen3 --level 4 --cache 10% --cache 20% --cache 30%
   simulate.py qwen.route.csv --shape qwen3 --bits 4.25 --policy lru --cache 10%
+  simulate.py qwen.route.csv --shape qwen3 --level 4 --mean-bits 2.25 --policy worth --cache 20%
   simulate.py olmoe_299.jsonl --store q7.emoe --cache 1750MB --bandwidth 0.8 --compute-ms 2.5
   simulate.py olmoe_299.jsonl --shape 16,64,2048,1024 --cache 1G | tail -1 | jq .runs[0]
 """
@@ -178,7 +181,7 @@ def step(cache: Residency, layer: int, wants: Sequence[Want], ahead: bool = Fals
     lease = cache.acquire(layer, wants)
     if lease is None:
         raise AssertionError("a lease is held that nobody took")
-    evict = cache.spare(layer, wants[0].depth) if ahead and lease.load else ()
+    evict = cache.spare(layer, max(want.depth for want in wants)) if ahead and lease.load else ()
     for segment in lease.load:
         cache.land(segment)
     cache.release(lease)
@@ -196,6 +199,13 @@ def replay(
     routes = trace.routes
     cache = Residency(model.sizes.tolist(), model.experts, budget, POLICIES[name](model, routes))
     depths = np.full((len(model.sizes), model.experts), model.depth)
+    router: BitRouter = OneLevel(model.depth - 1)
+    if args.mean_bits is not None:
+        layers = range(len(model.sizes))
+        gains = GateGains(layers, model.bits, model.loss)
+        per_token = routes[0].size
+        router = MeanBits(gains, model.bits, args.mean_bits, args.read_price, per_token)
+        depths[:] = sum(bits <= args.mean_bits for bits in model.bits)  # of the prompt
     if name == "edgemoe":
         depths = start_edgemoe(cache, model, routes)
     for layer, experts in enumerate(trace.prompt):
@@ -208,14 +218,23 @@ def replay(
     pair = [args.compute_ms / 1e3 / routes.shape[2]] * len(model.bits)
     nothing = [0.0] * len(model.bits)
     costs = [Costs((row / (args.bandwidth * 1e9)).tolist(), nothing, pair) for row in model.sizes]
-    wanted = read = evictions = reads = 0
+    wanted = read = evictions = reads = given = 0
     wait = 0.0
+    x = np.empty((1, 0), np.float32)
+    gates = np.ones(routes.shape, np.float32) if trace.gates is None else trace.gates
     for token, picked in enumerate(routes):
         for layer, ids in enumerate(picked):
-            depth = depths[layer, ids]
+            claimed = cache.claimed(layer)
+            held = np.array(claimed, np.int32)
+            depth = wished = depths[layer, ids]
+            if name != "edgemoe":
+                grant = router(layer, x, ids[None], gates[token, layer][None], claimed)
+                depth, wished = (each[0] + 1 for each in grant)
+            given += int(np.asarray(model.bits)[depth - 1].sum()) if token >= args.skip else 0
             wants = [Want(*want) for want in zip(ids.tolist(), depth.tolist(), strict=True)]
-            held = np.array(cache.claimed(layer), np.int32)
-            cache.observe(layer, wants)
+            cache.observe(
+                layer, [Want(*w) for w in zip(ids.tolist(), wished.tolist(), strict=True)]
+            )
             lease = step(cache, layer, wants, name in OURS)
             if token < args.skip:
                 continue
@@ -235,6 +254,7 @@ def replay(
         "bytes_read": read,
         "bytes_read_per_token": read / tokens,
         "hit_rate": 1 - read / wanted,
+        "mean_bits": given / (tokens * routes[0].size),
         "evictions": evictions,
         "segments_read": reads,
         "unhidden_wait_s": wait,
@@ -300,6 +320,14 @@ def options() -> argparse.Namespace:
         "a share of all experts at the level; may be repeated (10%%, 20%%, 30%%)"
     )  # fmt: skip
     p.add_argument("--policy", action="append", choices=POLICIES, help="may be repeated; all")
+    p.add_argument(
+        "--mean-bits", type=positive, metavar="X", help="levels by token and expert, as `edgemoe "
+        "run` has it, of all that there are; --level is then what a --cache share is of"
+    )  # fmt: skip
+    p.add_argument(
+        "--read-price", type=positive, default=READ_PRICE, metavar="X", help="with --mean-bits, "
+        f"as `edgemoe run` has it ({READ_PRICE:g})"
+    )  # fmt: skip
     p.add_argument("--order", choices=ORDERS, default="johnson", help="of reads in a layer")
     p.add_argument(
         "--bandwidth", type=positive, default=1.0, metavar="GB/S", help="of the disk, in 1e9 (1)"
@@ -323,6 +351,8 @@ def main() -> None:
     if not 0 <= args.skip < len(routes):
         raise UsageError(f"--skip {args.skip}: the trace has {len(routes)} tokens")
     model = model_of(args, routes)
+    if args.mean_bits is not None and trace.gates is None:
+        raise UsageError(f"{args.trace} has no gate weights, which --mean-bits goes by")
     whole = whole_bytes(model)
     caches = [cache_bytes(text, whole) for text in args.cache or ("10%", "20%", "30%")]
     top_k = routes.shape[2]
