@@ -1,10 +1,12 @@
 """What an expert's output loses at each level: for whoever decides how many bits it gets.
 
 A store keeps float32 [layers with experts, experts, levels] in the section `sensitivity.f32`. With
-a calibration text it is measured: the mean over tokens of the squared error of the expert's output
-over the squares of the residual stream that it is added to. Without one it is estimated from the
-weights alone: for inputs that are independent and have the variance that the layer's norm gives
-them, the mean squared error of an output, which tells experts of a layer apart, layers roughly.
+a calibration text it is measured: the geometric mean over tokens of the squared error of the
+expert's output over the squares of the residual stream that it is added to. (The mean is that of
+some outliers, whose experts would take bits from all others: docs/quality.md.) Without one it is
+estimated from the weights alone: for inputs that are independent and have the variance that the
+layer's norm gives them, the mean squared error of an output, which tells experts of a layer apart,
+layers roughly.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from .quantize import by_level
 
 SECTION = "sensitivity.f32"
 
+_NOTHING = 1e-30
+"""Errors below this count as this: a token that an expert gives nothing has no logarithm."""
+
 
 def measured(layout: RecordLayout, segments: Sequence[U8], sample: Chunk, down: F32) -> F32:
     """Of one expert on some of its tokens: float32 [levels].
@@ -39,7 +44,8 @@ def measured(layout: RecordLayout, segments: Sequence[U8], sample: Chunk, down: 
         with np.errstate(over="ignore"):
             a = silu((x @ gate.T).astype(np.float64)) * (x @ up.T)
         error = np.square(a.astype(np.float32) @ lossy.T - want).mean(axis=1)
-        out[i] = (error * sample.quiet[:, 0]).mean()
+        relative = np.maximum(error * sample.quiet[:, 0], _NOTHING, dtype=np.float64)
+        out[i] = np.exp(np.log(relative).mean())
     return out
 
 
