@@ -203,6 +203,8 @@ class Model(Closing):
         try:
             self._read(plan, progress, streaming, io_limit, read_price)
         except BaseException:
+            if self._experts is not None:
+                self._experts.close()
             if self._timeline is not None:
                 self._timeline.discard()
             raise

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from tiny import make_tiny
 
@@ -367,3 +368,20 @@ def test_memory_is_filled_before_anything_is_asked_for(levels: dict[str, Any], c
                 "Once upon a time", max_tokens=20, sampling=GREEDY, logits_hash=True
             )
         assert got.logits_hash == want.logits_hash
+
+
+def test_ctrl_c_while_memory_is_filled() -> None:
+    """No file or queue is left open, and the next model loads."""
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    how = Streaming(preload=True)
+    before = psutil.Process().num_fds()
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            edgemoe.load(bits=4, ctx_size=64, cache="4M", streaming=how, progress=stop)
+    assert psutil.Process().num_fds() == before
+    with edgemoe.load(bits=4, ctx_size=64, cache="4M", streaming=how) as model:
+        assert model.generate("Once", max_tokens=3).token_ids
