@@ -19,7 +19,7 @@ from . import __version__
 from .cpus import BLAS_THREADS
 from .errors import EdgeMoEError
 from .terminal.bench import bench
-from .terminal.options import LEVEL, early, level, loading, number, sampling
+from .terminal.options import LEVEL, early, level, loading, number, sampling, size
 
 
 @click.group(
@@ -169,6 +169,59 @@ def convert(src: str, out: str, max_level: str | None, calib: tuple[str, ...], f
     return converting.run(
         src, out, max_level=int(max_level) if max_level else None, force=force, calib=calib
     )
+
+
+@cli.command(
+    short_help="Measure what --mean-bits goes by.",
+    epilog="""\b
+Examples:
+  edgemoe calibrate olmoe.emoe --text books.txt
+  edgemoe run olmoe.emoe "Hi" --mean-bits 3
+""",
+)
+@click.argument("store", metavar="STORE")
+@click.option(
+    "--text",
+    metavar="FILE",
+    required=True,
+    help="UTF-8 text like what the model will see; --tokens of it are used, from all of it.",
+)
+@click.option(
+    "--tokens",
+    callback=number(64, 2**31 - 1, whole=True),
+    metavar="N",
+    default="4096",
+    show_default=True,
+    help="Of the text, at most.",
+)
+@click.option(
+    "--mem",
+    callback=size,
+    metavar="SIZE",
+    default="auto",
+    show_default=True,
+    help="Ceiling on all memory; experts that do not fit are streamed.",
+)
+@click.option(
+    "-t",
+    "--threads",
+    callback=number(1, 1024, whole=True),
+    metavar="N",
+    help="Threads that compute.  [default: the performance cores this process may use]",
+)
+def calibrate(store: str, text: str, tokens: int, mem: str, threads: int | None) -> int:
+    """Measure how much an error of each layer's experts costs, and write it into STORE.
+
+    Every layer in turn is read at the lowest level, all others at the highest, and the text's next
+    tokens are compared: as many passes over it as the model has layers with experts, and one. With
+    --mean-bits layers whose errors cost more get more bits then. Nothing else of STORE changes, and
+    a calibration that is stopped changes nothing.
+    """
+    from .terminal import calibrate as calibrating
+    from .terminal.model_path import require_store
+
+    require_store(store)
+    return calibrating.run(store, text, tokens=tokens, mem=mem, threads=threads)
 
 
 @cli.command(
@@ -324,6 +377,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
+    except KeyboardInterrupt:  # while an error was told
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         _forget_stdout()
         return 128 + signal.SIGPIPE

@@ -25,6 +25,7 @@ from .opened import OpenedModel, open_model
 from .perfmodel import fit
 from .pipeline.ahead import NextRouter, Routing
 from .pipeline.assembly import choices, streamed_mixture
+from .pipeline.bit_router import BitRouter
 from .pipeline.drive import alternate, traced
 from .pipeline.mean_bits import check_mean
 from .pipeline.serial import SerialExperts
@@ -284,6 +285,14 @@ class Model(Closing):
         if isinstance(experts, StreamedMixture) and halved:
             return np.concatenate(alternate(parts, experts, means))
         return drive(parts[0], partial(experts, means=means[0]))
+
+    def route_with(self, router: BitRouter) -> BitRouter:
+        """Let another router choose levels, of those up to plan.bits; returns the one before. For
+        measurements: nothing else is told of it."""
+        if self._experts is None:
+            raise UsageError("this model is closed: load it again")
+        before, self._experts.router = self._experts.router, router
+        return before
 
     def _means(self, spans: Sequence[Span]) -> list[float] | None:
         """Bits that the experts of each row are to have on average; None: all the same."""

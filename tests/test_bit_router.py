@@ -302,7 +302,7 @@ def test_sequences_of_a_batch_have_means_of_their_own(store: Path) -> None:
             caches = [model.new_cache() for _ in wanted]
             for _ in range(250):
                 model.step(rng.integers(0, 50, 3).tolist(), caches, wanted)
-            router = model._experts._router  # type: ignore[union-attr]
+            router = model._experts.router  # type: ignore[union-attr]
             assert sorted(router._targets) == [2.2, 3.5, 5.5]
             for mean, target in router._targets.items():
                 owed = target.aim._owed / (250 * router._demands_per_token)

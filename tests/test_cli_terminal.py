@@ -87,7 +87,7 @@ def test_ctrl_c_with_json(plain: Path) -> None:
 
 
 def test_ctrl_c_before_the_first_token(plain: Path) -> None:
-    with start("run", plain, "--raw", "-n", "9", stdin=subprocess.PIPE) as process:
+    with start("run", plain, "--raw", "-n", "9", "-t", "1", stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         process.stdin.write(b"x" * 32_000)
         process.stdin.close()
@@ -95,7 +95,7 @@ def test_ctrl_c_before_the_first_token(plain: Path) -> None:
         wait_for(process.stderr, b"\n")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert out == b"" and err.decode().splitlines()[-1] == "edgemoe: interrupted"
     assert b"Traceback" not in err
 

@@ -25,6 +25,7 @@ from .packing import decode
 from .quantize import by_level
 
 SECTION = "sensitivity.f32"
+COSTS = "layer_cost.f32"
 
 _NOTHING = 1e-30
 """Errors below this count as this: a token that an expert gives nothing has no logarithm."""
@@ -87,6 +88,25 @@ def _silu_power(variance: float) -> float:
     g: F64 = np.clip(nodes * np.sqrt(variance), -1e30, 1e30)
     with np.errstate(over="ignore"):
         return float((weights * np.square(silu(g))).sum() / weights.sum())
+
+
+def costs_of_store(store: Store) -> F32:
+    """What an error costs, by the layer it is made in, 1 on average: float32 [layers with experts];
+    all 1 where it was not measured (layer_costs.py).
+
+    Raises:
+        StoreError: the section does not hold that.
+    """
+    count = len(store.config.moe_layers)
+    if COSTS not in store.sections:
+        return np.ones(count, np.float32)
+    data = np.frombuffer(store.section(COSTS), np.uint8)
+    if data.size != 4 * count:
+        raise StoreError(f"{store.path}: section {COSTS} does not hold {count} float32")
+    costs: F32 = data.view("<f4").astype(np.float32)
+    if not (np.isfinite(costs).all() and costs.min() > 0):
+        raise StoreError(f"{store.path}: section {COSTS} holds costs that are not above 0")
+    return costs
 
 
 def of_store(store: Store) -> F32 | None:

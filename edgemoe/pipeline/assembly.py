@@ -53,7 +53,12 @@ def choices(
         return _edge_moe(store, level, mean_bits, profile)
     router: BitRouter = OneLevel(level)
     if mean_bits is not None:
-        gains = GateGains(config.moe_layers, bits, sensitivity.of_store(store))
+        gains = GateGains(
+            config.moe_layers,
+            bits,
+            sensitivity.of_store(store),
+            sensitivity.costs_of_store(store),
+        )
         per_token = layers * config.num_experts_per_tok
         router = MeanBits(gains, bits, mean_bits, read_price, per_token)
     policy: Policy = LeastFrequentlyUsed(layers, experts)

@@ -108,15 +108,23 @@ class GateGains:
     Args:
         loss: by layer, the squared error of each expert at each level, [experts, levels] (the
             store's sensitivities); None: 4 ** -bits for all.
-        layers: that have experts. bits: of each level.
+        layers: that have experts. bits: of each level. costs: of an error in each layer; None: the
+            same in all.
     """
 
-    def __init__(self, layers: Sequence[int], bits: Sequence[int], loss: F32 | None = None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[int],
+        bits: Sequence[int],
+        loss: F32 | None = None,
+        costs: F32 | None = None,
+    ) -> None:
         width = np.asarray(bits, np.float64)
         self._slope: dict[int, F32] = {}
         for i, layer in enumerate(layers):
             error = 4.0 ** -width[None] if loss is None else loss[i].astype(np.float64)
-            self._slope[layer] = slopes(error, width).astype(np.float32)
+            cost = 1.0 if costs is None else float(costs[i])
+            self._slope[layer] = slopes(cost * error, width).astype(np.float32)
         self._one_for_all = loss is None
 
     def __call__(self, layer: int, x: F32, ids: I32, gates: F32) -> F32:

@@ -19,6 +19,9 @@ class SerialExperts:
     Args:
         pool: what computes. resident: the experts. router: which level each demand gets, of those
             that are resident. span: told what was done when.
+
+    Attributes:
+        router: may be exchanged between passes.
     """
 
     def __init__(
@@ -28,7 +31,7 @@ class SerialExperts:
         router: BitRouter,
         span: Span | None = None,
     ) -> None:
-        self._pool, self._router, self._span = pool, router, span
+        self._pool, self.router, self._span = pool, router, span
         self._counts = DemandCounts(
             resident.bits,
             {layer: resident.layout(layer).segment_sizes for layer in resident.layers},
@@ -59,7 +62,7 @@ class SerialExperts:
         x: float32 [n, hidden]; ids, weights: [n, k]; means: bits that each token is to get on
         average, None: all the usual. Returns float32 [n, hidden].
         """
-        grant = self._router(layer, x, ids, weights, None, means)
+        grant = self.router(layer, x, ids, weights, None, means)
         begun = time.monotonic_ns()
         y = self._mixtures[layer](self._pool, x, ids, grant.levels, weights)
         if self._span is not None:

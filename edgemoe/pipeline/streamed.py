@@ -47,6 +47,9 @@ class StreamedMixture(Closing):
         bits: of each level. order: of a layer's reads. overlap: compute while reading.
         early: what is read before it is asked for.
         guard: of the ceiling; asked between tokens. span: told what was done when.
+
+    Attributes:
+        router: may be exchanged between passes.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class StreamedMixture(Closing):
     ) -> None:
         self._pool, self._source, self.overlap = pool, source, overlap
         self._guard = guard
-        self._router, self._bits = router, bits
+        self.router, self._bits = router, bits
         self._order, self._span = order, span
         self._mixtures = {
             layer: kernels.Mixture(source.layout(layer), source.segments(layer))
@@ -178,7 +181,7 @@ class StreamedMixture(Closing):
         """What the layer wants, at which levels."""
         # All that comes before the first read is time in which the disk does nothing.
         held, width = self._source.claimed(layer), len(self._bits)
-        grant = self._router(layer, x, ids, weights, held, means)
+        grant = self.router(layer, x, ids, weights, held, means)
         counts = jobs_of(ids, grant.levels, width)
         wants = wants_of(counts, width)
         missing = [e for e, depth in wants.items() if held[e] < depth]

@@ -73,13 +73,13 @@ def _calibrate(checkpoint: Checkpoint, tokenizer: Tokenizer, names: Sequence[str
     for name in names:
         text = read_text(name)
         # Tokens are two bytes or more, but in scripts that the tokenizer hardly knows.
-        pieces = _spread(text, 16 * share)
+        pieces = spread(text, 16 * share)
         ids = [i for piece in pieces for i in tokenizer.encode(piece, add_special=False)]
         chosen += windows(ids, context, share, tokenizer.first_special(), shown(name))
     return calibration(checkpoint, chosen, kernels.default_threads())
 
 
-def _spread(text: str, most: int) -> list[str]:
+def spread(text: str, most: int) -> list[str]:
     """The text, or 64 evenly spaced pieces of it, together `most` characters."""
     if len(text) <= most:
         return [text]

@@ -170,7 +170,7 @@ def _scores(
             gains = oracle
         slots = config.num_experts_per_tok
         router = MeanBits(gains, bits, mean, 1.0, len(config.moe_layers) * slots)
-        experts._router = recorded = Recorded(router, len(bits), slots)
+        experts.router = recorded = Recorded(router, len(bits), slots)
         with progress(f"mean {mean:g}, {way}") as report:
             given = score_windows(_runner(model, oracle), text.windows, known, report)
         return given, recorded.counts
