@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -270,8 +270,14 @@ class Model(Closing):
         """Logits float32 [len(want), vocab] of rows `want` of a flat batch (see model.forward)."""
         return self.logits(self.hidden(tokens, spans)[np.asarray(want, np.int64)])
 
-    def hidden(self, tokens: Sequence[int] | I64, spans: Sequence[Span]) -> F32:
-        """What the last layer leaves of a flat batch: float32 [n, hidden] (see model.hidden)."""
+    def hidden(
+        self,
+        tokens: Sequence[int] | I64,
+        spans: Sequence[Span],
+        watch: Callable[[int, F32], None] | None = None,
+    ) -> F32:
+        """What the last layer leaves of a flat batch: float32 [n, hidden]; watch: shown each
+        layer's residual stream (see model.hidden)."""
         if self._weights is None or self._experts is None:
             raise UsageError("this model is closed: load it again")
         ids = np.asarray(tokens, np.int64)
@@ -279,7 +285,7 @@ class Model(Closing):
         halved = isinstance(experts, StreamedMixture) and experts.overlap and len(spans) > 1
         batches = halves(ids, spans) if halved else [(ids, spans)]
         means = [self._means(part) for _, part in batches]
-        parts = [layers(self._weights, self._pool, *batch) for batch in batches]
+        parts = [layers(self._weights, self._pool, *batch, watch) for batch in batches]
         if self._timeline is not None:
             parts = [traced(part, self._timeline.add) for part in parts]
         if isinstance(experts, StreamedMixture) and halved:

@@ -14,14 +14,15 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from . import evaluate
 from .engine import Model
 from .errors import UsageError
-from .evaluate import LOGITS, ReferenceRows, Window, rows_at_once, score, target_logits, windows
-from .model import Span
+from .evaluate import ReferenceRows, Runner, Window, score, target_logits
 from .mwq import sensitivity
 from .pipeline.bit_router import BitRouter, Grant
 from .store import Store
-from .types import F32, F64, I32, I64
+from .types import F32, F64, I32
+from .window_logits import window_logits
 
 KEPT = 256
 """Likeliest tokens of each position that a divergence knows one by one."""
@@ -65,38 +66,36 @@ class OneLayerLow:
 
 
 def layer_costs(
-    model: Model, store: Store, text: Sequence[int], ctx: int, progress: Progress | None = None
+    model: Model, store: Store, todo: Sequence[Window], progress: Progress | None = None
 ) -> F64:
     """Cost of an error in each layer with experts, [layers], 1 on average.
 
-    model: of the store, its experts loaded up to the highest level. text: token ids; windows of
-    `ctx` tokens, the second half of each is looked at.
+    model: of the store, its experts loaded up to the highest level.
 
     Raises:
-        UsageError: less text than a window.
+        UsageError: the text shows no difference between the levels.
     """
-    config, depth = store.config, len(store.quant.expert_levels)
+    config, top = store.config, len(store.quant.expert_levels) - 1
     known = sensitivity.of_store(store)
     loss = np.ones((len(config.moe_layers), config.num_experts), np.float32)
     if known is not None:
         loss = known[..., 0]
-    todo = windows(text, ctx, ctx, config.bos_token_id)
     passes = len(config.moe_layers) + 1
     high: list[list[ReferenceRows]] = []
-    with _routed(model, OneLayerLow(None, depth - 1, loss[0])):
+    with _routed(model, OneLayerLow(None, top, loss[0])):
+        run = window_logits(model)
         for window in todo:
-            pieces = target_logits(_runner(model), window)
+            pieces = target_logits(run, window)
             high.append([ReferenceRows.of(rows, targets, KEPT) for _, rows, targets in pieces])
     if progress is not None:
         progress(1, passes)
     out = np.empty(passes - 1)
     for i, layer in enumerate(config.moe_layers):
-        router = OneLayerLow(layer, depth - 1, loss[i])
+        router = OneLayerLow(layer, top, loss[i])
         with _routed(model, router):
-            lost = np.concatenate(
-                [_divergence(model, *each) for each in zip(todo, high, strict=True)]
-            )
-        out[i] = lost.mean() * router.tokens / max(router.error, 1e-300)
+            run = window_logits(model)
+            lost = [_divergence(run, *each) for each in zip(todo, high, strict=True)]
+        out[i] = np.concatenate(lost).mean() * router.tokens / max(router.error, 1e-300)
         if progress is not None:
             progress(i + 2, passes)
     if not (np.isfinite(out).all() and out.max() > 0):
@@ -106,10 +105,16 @@ def layer_costs(
     return costs
 
 
-def _divergence(model: Model, window: Window, high: Sequence[ReferenceRows]) -> F64:
+def scratch_bytes(vocab: int, scored: int) -> int:
+    """Bytes that measuring takes beside the model: a block of logits and what is kept of `scored`
+    rows, of each some tokens with their probabilities."""
+    return evaluate.scratch_bytes(vocab, KEPT) + scored * (6 * KEPT + 64)
+
+
+def _divergence(run: Runner, window: Window, high: Sequence[ReferenceRows]) -> F64:
     """KL divergence of each scored position, nats."""
     found = []
-    for (_, rows, targets), known in zip(target_logits(_runner(model), window), high, strict=True):
+    for (_, rows, targets), known in zip(target_logits(run, window), high, strict=True):
         kld = score(rows, targets, known).kld
         if kld is not None:
             found.append(kld)
@@ -123,17 +128,3 @@ def _routed(model: Model, router: BitRouter) -> Iterator[None]:
         yield
     finally:
         model.route_with(before)
-
-
-def _runner(model: Model) -> Callable[[I64, int], Iterator[F32]]:
-    chunk, step = model.plan.prefill_chunk, rows_at_once(model.config.vocab_size, LOGITS)
-
-    def run(tokens: I64, first: int) -> Iterator[F32]:
-        cache = model.new_cache()
-        for at in range(0, len(tokens), chunk):
-            part = tokens[at : at + chunk]
-            x = model.hidden(part, [Span(cache, len(part))])
-            for row in range(max(first - at, 0), len(part), step):
-                yield model.logits(x[row : row + step])
-
-    return run

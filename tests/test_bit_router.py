@@ -20,6 +20,8 @@ from edgemoe.opened import bundled_path
 from edgemoe.pipeline.aim import Aim
 from edgemoe.pipeline.bit_router import ExpertLevels, GateGains, OneLevel, slopes
 from edgemoe.pipeline.mean_bits import MeanBits
+from edgemoe.pipeline.serial import SerialExperts
+from edgemoe.pipeline.streamed import StreamedMixture
 from edgemoe.store import Store
 from edgemoe.types import F32, I32, LEVELS, Streaming
 
@@ -302,7 +304,9 @@ def test_sequences_of_a_batch_have_means_of_their_own(store: Path) -> None:
             caches = [model.new_cache() for _ in wanted]
             for _ in range(250):
                 model.step(rng.integers(0, 50, 3).tolist(), caches, wanted)
-            router = model._experts.router  # type: ignore[union-attr]
+            assert isinstance(model._experts, SerialExperts | StreamedMixture)
+            router = model._experts.router
+            assert isinstance(router, MeanBits)
             assert sorted(router._targets) == [2.2, 3.5, 5.5]
             for mean, target in router._targets.items():
                 owed = target.aim._owed / (250 * router._demands_per_token)
@@ -349,7 +353,8 @@ def test_memory_is_filled_before_anything_is_asked_for(levels: dict[str, Any], c
     with edgemoe.load(
         streaming=how, progress=lambda done, total: calls.append((done, total)), **settings
     ) as model:
-        books = model._experts._source._residency  # type: ignore[union-attr]
+        assert isinstance(model._experts, StreamedMixture)
+        books = model._experts._source._residency
         depth = 3 if "bits" in levels else 1
         layers = range(len(model.config.moe_layers))
         whole = sum(books.prefix(i)[depth] for i in layers) * model.config.num_experts

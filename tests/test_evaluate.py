@@ -29,10 +29,11 @@ from edgemoe.evaluate import (
 )
 from edgemoe.model import Span
 from edgemoe.reference_logits import TOP
-from edgemoe.terminal.evaluate import EvalOptions, _encoder, _runner, read_text
+from edgemoe.terminal.evaluate import EvalOptions, _encoder, read_text
 from edgemoe.terminal.evaluate import run as run_eval
 from edgemoe.terminal.evaluate_output import lines
 from edgemoe.tokenizer import Tokenizer
+from edgemoe.window_logits import window_logits
 
 
 def test_windows_do_not_overlap_and_score_the_second_half() -> None:
@@ -259,12 +260,12 @@ def test_a_shared_beginning_is_run_once_and_changes_nothing() -> None:
         seen: list[int] = []
         hidden = model.hidden
 
-        def counted(tokens: Any, spans: Any) -> Any:
+        def counted(tokens: Any, *rest: Any) -> Any:
             seen.append(len(tokens))
-            return hidden(tokens, spans)
+            return hidden(tokens, *rest)
 
         model.hidden = counted  # type: ignore[method-assign]
-        runner = _runner(model)
+        runner = window_logits(model)
         got = [np.concatenate(list(runner(x, first))) for x, first in ((a, 50), (b, 45), (c, 0))]
         got += [np.concatenate(list(runner(a, 10))), np.concatenate(list(runner(a, 59)))]
         assert sum(seen) == 60 + 25 + 30 + 60 + 1

@@ -13,6 +13,7 @@ from tiny import make_tiny
 import edgemoe
 from edgemoe import cli
 from edgemoe.errors import StoreError
+from edgemoe.evaluate import windows
 from edgemoe.layer_costs import layer_costs
 from edgemoe.mwq import sensitivity
 from edgemoe.opened import bundled_path, open_model
@@ -68,8 +69,8 @@ def test_the_same_where_experts_are_streamed() -> None:
         told: list[tuple[int, int]] = []
         opened = open_model()
         with edgemoe.load(opened, bits=8, ctx_size=64, cache=cache) as model:
-            ids = model.tokenizer.encode(TEXT * 3)
-            found.append(layer_costs(model, opened.store, ids, 64, partial(tell, told)))
+            todo = windows(model.tokenizer.encode(TEXT * 3), 64, 64, None)
+            found.append(layer_costs(model, opened.store, todo, partial(tell, told)))
             assert model.plan.streamed == (cache is not None)
         assert told == [(i, 7) for i in range(1, 8)]
     assert found[0].tobytes() == found[1].tobytes()
@@ -111,7 +112,7 @@ def test_bad_input(bundled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "short").write_text("Once upon")
     (tmp_path / "binary").write_bytes(b"\x00\xff" * 40)
     for name, said in (
-        ("short", "are a window"), ("binary", "not UTF-8"), ("missing", "cannot read"),
+        ("short", "less than one window"), ("binary", "not UTF-8"), ("missing", "cannot read"),
     ):  # fmt: skip
         assert cli.main(["calibrate", str(bundled), "--text", str(tmp_path / name)]) == 2
         assert said in capsys.readouterr().err

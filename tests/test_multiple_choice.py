@@ -22,8 +22,9 @@ from edgemoe.errors import UsageError
 from edgemoe.evaluate import ReferenceRows, Window
 from edgemoe.multiple_choice import Likelihood, Task, encode_pair, read_lambada, read_piqa
 from edgemoe.reference_logits import FloatPlan, float_logits
-from edgemoe.terminal.evaluate import _encoder, _runner
+from edgemoe.terminal.evaluate import _encoder
 from edgemoe.tokenizer import Tokenizer
+from edgemoe.window_logits import window_logits
 
 LAMBADA = [
     {"text": "He took the box and opened the box"},
@@ -236,7 +237,7 @@ def test_log_likelihoods_are_those_of_transformers(tmp_path: Path, name: str) ->
         with edgemoe.load(tmp_path / "m.emoe", bits=8, ctx_size=128) as model:
             tokenizer = model.tokenizer
             todo = task.windows(_encoder(tokenizer), 256)
-            stored = mc.likelihoods(_runner(model), todo)
+            stored = mc.likelihoods(window_logits(model), todo)
         blocks: dict[int, list[np.ndarray]] = {}
         for i, _, block in float_logits(checkpoint, todo, FloatPlan(False, 1000), 2):
             blocks.setdefault(i, []).append(block)

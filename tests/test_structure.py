@@ -50,6 +50,7 @@ RANK = {
     "reference_cache": 8,
     "reference_logits": 9,
     "calibration": 10,
+    "window_logits": 9,
     "layer_costs": 10,
     "engine": 8,
     "bench": 11,

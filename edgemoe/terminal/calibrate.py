@@ -6,12 +6,14 @@ import numpy as np
 
 from ..engine import load
 from ..errors import UsageError, shown
-from ..layer_costs import layer_costs
+from ..evaluate import Window, windows
+from ..layer_costs import layer_costs, scratch_bytes
+from ..loader import budget
 from ..mwq.sensitivity import COSTS
-from ..opened import open_model
+from ..opened import OpenedModel, open_model
 from ..store import replace_section
 from .convert import spread
-from .evaluate import read_text
+from .evaluate import check_room, read_text
 from .evaluate_output import progress, terminable
 
 WINDOW = 512
@@ -27,26 +29,46 @@ def run(store: str, text: str, *, tokens: int, mem: str, threads: int | None) ->
     content = read_text(text)
     with terminable():
         opened = open_model(store)
-        config, bits = opened.config, opened.store.quant.max_level
-        ctx = min(WINDOW, config.max_position_embeddings)
-        pieces = spread(content, 16 * tokens)
-        share, encode = -(-tokens // len(pieces)), opened.tokenizer.encode
-        ids = [i for piece in pieces for i in encode(piece, add_special=False)[:share]][:tokens]
-        if len(ids) < ctx:
+        try:
+            todo = _windows(opened, text, content, tokens, budget.resolve_ceiling(mem))
+        except BaseException:
             opened.close()
-            raise UsageError(
-                f"{shown(text)}: {len(ids)} tokens, and {ctx} are a window: give more text or "
-                "--tokens"
-            )
+            raise
+        del content
+        budget.release_heap()
+        config, ctx = opened.config, len(todo[0].tokens)
+        scored = sum(len(window.targets) for window in todo)
         with (
-            load(opened, mem=mem, bits=bits, ctx_size=ctx, threads=threads) as model,
+            load(
+                opened,
+                mem=mem,
+                bits=opened.store.quant.max_level,
+                ctx_size=ctx,
+                threads=threads,
+                reserve=scratch_bytes(config.vocab_size, scored),
+            ) as model,
             progress("calibration") as report,
         ):
-            costs = layer_costs(model, opened.store, ids, ctx, report)
+            costs = layer_costs(model, opened.store, todo, report)
     replace_section(store, COSTS, costs.astype("<f4").tobytes())
     cheap, dear = (config.moe_layers[int(at)] for at in (np.argmin(costs), np.argmax(costs)))
     print(
         f"{shown(store)}: an error costs {costs.min():.2f} in layer {cheap} to {costs.max():.2f} "
-        f"in layer {dear}, 1 on average, over {len(ids)} tokens; --mean-bits goes by that now"
+        f"in layer {dear}, 1 on average, over {scored} scored tokens; --mean-bits goes by that now"
     )
     return 0
+
+
+def _windows(
+    opened: OpenedModel, name: str, content: str, tokens: int, ceiling: int
+) -> list[Window]:
+    """Of pieces from all over the text, together so many tokens."""
+    ctx = min(WINDOW, opened.config.max_position_embeddings)
+    pieces = spread(content, 16 * tokens)
+    check_room(name, max(map(len, pieces)), ceiling)
+    share, encode = -(-tokens // len(pieces)), opened.tokenizer.encode
+    ids = [i for piece in pieces for i in encode(piece, add_special=False)[:share]][:tokens]
+    try:
+        return windows(ids, ctx, ctx, opened.tokenizer.first_special())
+    except UsageError as exc:
+        raise UsageError(f"{shown(name)}: {exc}") from None

@@ -4,38 +4,33 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .. import kernels, multiple_choice
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..engine import Model, load
+from ..engine import load
 from ..errors import MemoryBudgetError, UsageError, shown
 from ..evaluate import (
-    LOGITS,
-    Runner,
     TokenScores,
     Window,
     compare,
-    rows_at_once,
     score_windows,
     scratch_bytes,
     summarize,
     windows,
 )
 from ..loader import budget
-from ..model import Span
 from ..multiple_choice import Task, read_lambada, read_piqa
 from ..opened import OpenedModel, open_model
 from ..reference_cache import ReferenceFile
 from ..reference_logits import TOP, reference
 from ..tokenizer import Tokenizer
-from ..types import F32, F64, I64, LEVELS
+from ..types import F64, I64, LEVELS
+from ..window_logits import window_logits
 from .evaluate_output import lines, progress, terminable
 
 TOKENIZING = 200
@@ -180,7 +175,7 @@ def _windows(opened: OpenedModel, options: EvalOptions) -> list[Window]:
     out: list[Window] = []
     for name in options.texts:
         text = read_text(name)
-        _check_room(name, len(text), ceiling)
+        check_room(name, len(text), ceiling)
         try:
             out += windows(encode(text), options.ctx, options.stride or options.ctx, bos)
         except UsageError as exc:
@@ -212,7 +207,7 @@ def read_text(name: str) -> str:
     return text.removesuffix("\n")
 
 
-def _check_room(name: str, characters: int, ceiling: int) -> None:
+def check_room(name: str, characters: int, ceiling: int) -> None:
     """Refuse a text whose tokenizing would break through the ceiling."""
     needed = budget.rss_bytes() + TOKENIZING * characters
     if needed > ceiling:
@@ -300,7 +295,7 @@ def _measure(options: EvalOptions, work: _Work) -> _Outcome:
         exact=options.exact,
         reserve=reserve,
     ) as model:
-        plan, run = model.plan, _runner(model)
+        plan, run = model.plan, window_logits(model)
         figures: dict[str, Any] = {"bits": plan.bits, "dense_bits": plan.dense_bits}
         figures["kv_type"] = plan.kv_type
         if plan.mean_bits is not None:
@@ -340,27 +335,6 @@ def _task_figures(task: Task, scores: Mapping[str, F64], work: _Work) -> dict[st
         out["ref"] = multiple_choice.figures(known)
         out["against_ref"] = multiple_choice.paired(scores, known)
     return out
-
-
-def _runner(model: Model) -> Runner:
-    """Windows one after the other; what one begins with just as the one before is not run again."""
-    cache, before = model.new_cache(), np.empty(0, np.int64)
-    chunk, step = model.plan.prefill_chunk, rows_at_once(model.config.vocab_size, LOGITS)
-
-    def run(tokens: I64, first: int) -> Iterator[F32]:
-        nonlocal before
-        n = min(len(before), len(tokens), first, cache.length)
-        differs = np.flatnonzero(before[:n] != tokens[:n])
-        shared = int(differs[0]) if len(differs) else n
-        cache.rewind(shared)
-        before = tokens
-        for at in range(shared, len(tokens), chunk):
-            part = tokens[at : at + chunk]
-            x = model.hidden(part, [Span(cache, len(part))])
-            for row in range(max(first - at, 0), len(part), step):
-                yield model.logits(x[row : row + step])
-
-    return run
 
 
 def _bytes(tokenizer: Tokenizer, ids: I64) -> int:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from edgemoe import kernels
 from edgemoe.checkpoint import Checkpoint
 from edgemoe.cpu_attn.kv_cache import KVCache
-from edgemoe.engine import Model, load
+from edgemoe.engine import load
 from edgemoe.errors import UsageError, shown
-from edgemoe.evaluate import LOGITS, Runner, TokenScores, rows_at_once, score_windows, scratch_bytes
-from edgemoe.model import Span
+from edgemoe.evaluate import TokenScores, score_windows, scratch_bytes
 from edgemoe.reference_cache import ReferenceFile
 from edgemoe.reference_logits import TOP
 from edgemoe.store import Store
 from edgemoe.terminal.evaluate_output import progress
-from edgemoe.types import F32, I64
+from edgemoe.window_logits import window_logits
 
 from . import scores
 from .scored_text import ScoredText
@@ -83,21 +80,6 @@ def _scores(store: Path, level: int, text: ScoredText, known: ReferenceFile) -> 
         load(store, bits=level, dense_bits=DENSE_BITS, ctx_size=longest, reserve=reserve) as model,
         progress(f"level {level}") as report,
     ):
-        return score_windows(_runner(model), text.windows, known, report)
-
-
-def _runner(model: Model) -> Runner:
-    # llama.cpp's float16 cache is on both sides of its divergences; here it is on neither
-    cache = KVCache(model.config, model.plan.ctx_size, "f32")
-    chunk = model.plan.prefill_chunk
-    step = rows_at_once(model.config.vocab_size, LOGITS)
-
-    def run(tokens: I64, first: int) -> Iterator[F32]:
-        cache.rewind(0)
-        for at in range(0, len(tokens), chunk):
-            part = tokens[at : at + chunk]
-            x = model.hidden(part, [Span(cache, len(part))])
-            for row in range(max(first - at, 0), len(part), step):
-                yield model.logits(np.ascontiguousarray(x[row : row + step]))
-
-    return run
+        # llama.cpp's float16 cache is on both sides of its divergences; here it is on neither
+        run = window_logits(model, KVCache(model.config, model.plan.ctx_size, "f32"))
+        return score_windows(run, text.windows, known, report)

@@ -9,7 +9,7 @@ what an error does to later layers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,12 @@ import numpy as np
 from edgemoe import kernels
 from edgemoe.checkpoint import Checkpoint
 from edgemoe.cpu_attn.kv_cache import KVCache
-from edgemoe.engine import Model, load
+from edgemoe.engine import load
 from edgemoe.errors import UsageError, shown
-from edgemoe.evaluate import (
-    LOGITS,
-    Runner,
-    TokenScores,
-    compare,
-    rows_at_once,
-    score_windows,
-    scratch_bytes,
-)
+from edgemoe.evaluate import TokenScores, compare, score_windows, scratch_bytes
 from edgemoe.kernels.mixture import part_of
-from edgemoe.model import Span, drive, layers
-from edgemoe.mwq import sensitivity
 from edgemoe.pipeline import aim, bit_router, mean_bits
-from edgemoe.pipeline.bit_router import BitRouter, Gains, GateGains, Grant, slopes
+from edgemoe.pipeline.bit_router import BitRouter, Grant, slopes
 from edgemoe.pipeline.mean_bits import MeanBits
 from edgemoe.pipeline.serial import SerialExperts
 from edgemoe.reference_cache import ReferenceFile
@@ -41,6 +31,7 @@ from edgemoe.reference_logits import TOP
 from edgemoe.store import Store
 from edgemoe.terminal.evaluate_output import progress
 from edgemoe.types import F32, F64, I32, I64
+from edgemoe.window_logits import window_logits
 
 from . import levels, scores
 from .levels import DENSE_BITS
@@ -53,18 +44,21 @@ WAYS = ("untrained", "oracle")
 class TrueGains:
     """The oracle's: of this token's output, not of the expert's on average.
 
-    experts: all resident. power: mean square of the residual stream, [n], of the layer at hand;
-    whoever runs the model sets it.
+    experts: all resident. `watch` has to be shown the residual stream of each layer before.
     """
 
     def __init__(self, pool: kernels.Pool, experts: SerialExperts, bits: Sequence[int]) -> None:
         self._pool, self._experts, self._bits = pool, experts, np.asarray(bits, np.float64)
-        self.power: F32 = np.ones(1, np.float32)
+        self._power: F64 = np.ones(1)
+
+    def watch(self, layer: int, x: F32) -> None:
+        """The residual stream float32 [n, hidden] that a layer's experts are added to."""
+        self._power = np.square(x, dtype=np.float64).mean(axis=1)
 
     def __call__(self, layer: int, x: F32, ids: I32, gates: F32) -> F32:
         outputs = [self._outputs(layer, x, ids, level) for level in range(len(self._bits))]
         error = np.stack([np.square(o - outputs[-1]).mean(axis=-1) for o in outputs], axis=-1)
-        share = np.square(gates, dtype=np.float64) / self.power[:, None]
+        share = np.square(gates, dtype=np.float64) / self._power[:, None]
         return slopes(error * share[..., None], self._bits).astype(np.float32)
 
     def _outputs(self, layer: int, x: F32, ids: I32, level: int) -> F64:
@@ -157,43 +151,19 @@ def _scores(
     longest = max(len(w.inputs) for w in text.windows)
     with Store.open(store) as opened:
         config, bits = opened.config, opened.quant.expert_levels
-        loss = sensitivity.of_store(opened)
     reserve = scratch_bytes(config.vocab_size, min(TOP, config.vocab_size))
     settings: Mapping[str, Any] = {"ctx_size": longest, "reserve": reserve}
     with load(store, mean_bits=mean, dense_bits=DENSE_BITS, **settings) as model:
-        experts = model._experts
+        experts, slots = model._experts, config.num_experts_per_tok
         if not isinstance(experts, SerialExperts):
             raise UsageError(f"{shown(store)}: its experts do not all fit in memory")
-        gains: Gains = GateGains(config.moe_layers, bits, loss)
-        oracle = TrueGains(model._pool, experts, bits)
+        oracle, router, watch = TrueGains(model._pool, experts, bits), experts.router, None
         if way == "oracle":
-            gains = oracle
-        slots = config.num_experts_per_tok
-        router = MeanBits(gains, bits, mean, 1.0, len(config.moe_layers) * slots)
-        experts.router = recorded = Recorded(router, len(bits), slots)
+            router = MeanBits(oracle, bits, mean, 1.0, len(config.moe_layers) * slots)
+            watch = oracle.watch
+        recorded = Recorded(router, len(bits), slots)
+        model.route_with(recorded)
+        # As levels.py: keys and values in float32, as the reference has them.
+        run = window_logits(model, KVCache(config, model.plan.ctx_size, "f32"), watch)
         with progress(f"mean {mean:g}, {way}") as report:
-            given = score_windows(_runner(model, oracle), text.windows, known, report)
-        return given, recorded.counts
-
-
-def _runner(model: Model, oracle: TrueGains) -> Runner:
-    # As in levels.py, with the residual stream told to the oracle.
-    weights, experts = model._weights, model._experts
-    if weights is None or experts is None:
-        raise UsageError("the model is closed")
-    cache = KVCache(model.config, model.plan.ctx_size, "f32")
-    chunk = model.plan.prefill_chunk
-    step = rows_at_once(model.config.vocab_size, LOGITS)
-
-    def watch(layer: int, x: F32) -> None:
-        oracle.power = np.square(x, dtype=np.float64).mean(axis=1).astype(np.float32)
-
-    def run(tokens: I64, first: int) -> Iterator[F32]:
-        cache.rewind(0)
-        for at in range(0, len(tokens), chunk):
-            part = tokens[at : at + chunk]
-            x = drive(layers(weights, model._pool, part, [Span(cache, len(part))], watch), experts)
-            for row in range(max(first - at, 0), len(part), step):
-                yield model.logits(np.ascontiguousarray(x[row : row + step]))
-
-    return run
+            return score_windows(run, text.windows, known, report), recorded.counts
